@@ -1,0 +1,1 @@
+"""Kernels: one entry point each, the platform's best implementation behind it."""

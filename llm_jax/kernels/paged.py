@@ -1,0 +1,147 @@
+"""Attention over a paged key/value cache (Kwon et al. 2023, arXiv:2309.06180).
+
+A serving step carries N flat tokens: first one token for each decoding row, then the prompt chunks, `chunk` tokens
+for each prefilling row. Keys and values live in pools of pages; which pages a row reads is spelt out as a *work list*
+of (row, page) pairs. The loop runs over the work list in groups, with the online softmax of Milakov & Gimelshein
+(2018, arXiv:1805.02867), as many trips as there are live pages: the cost of a step follows the tokens that are in it,
+not the largest context configured, and one compiled program serves every mix of lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_NEG = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WorkList:
+    """Which pages which rows read.
+
+    Attributes:
+      row_W: int32 row of each item; items of a row are adjacent. Entries from `count` on are not read.
+      page_W: int32 page of the pool.
+      start_W: int32 position of the page's first slot in the row's sequence.
+      count: int32 scalar, items in use.
+    """
+
+    row_W: Array
+    page_W: Array
+    start_W: Array
+    count: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedContext:
+    """What the flat tokens of a serving step may attend to.
+
+    Attributes:
+      position_N: int32 position of each token in its sequence; −1 for padding.
+      slot_N: int32 page · page_size + offset where the token's key and value go; a slot of the spare page for padding.
+      decode: work list of the decoding rows (tokens 0 … num_decode − 1, one a row).
+      prefill: work list of the prefilling rows (the rest, `chunk` tokens a row).
+      num_decode, chunk: the static split of the N tokens.
+    """
+
+    position_N: Array
+    slot_N: Array
+    decode: WorkList
+    prefill: WorkList
+    num_decode: int = dataclasses.field(metadata={"static": True})
+    chunk: int = dataclasses.field(metadata={"static": True})
+
+
+def make_pool(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> tuple[Array, Array]:
+    """Empty key and value pools of one layer, each [G, P + 1, S, K] (head-major: a head's page is contiguous).
+
+    The last page is spare: padding tokens write there, and no work list ever names it.
+    """
+    shape = (num_kv_heads, num_pages + 1, page_size, head_dim)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def paged_attention(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, context: PagedContext,
+                    cache: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    """Writes the step's keys and values to their slots, then attends; see `attention` for shapes (B = 1, T = N)."""
+    k_pool, v_pool = (_write(pool, new[0], context.slot_N) for pool, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
+    N, H, K = q_BTHK.shape[1:]
+    G = k_BTGK.shape[2]
+    q_NGMK = q_BTHK[0].reshape(N, G, H // G, K) * K**-0.5
+    split = context.num_decode
+    outputs = []
+    if split:
+        outputs.append(_attend(q_NGMK[:split, None], context.position_N[:split, None], k_pool, v_pool, context.decode))
+    if N > split:
+        q_RTGMK = q_NGMK[split:].reshape(-1, context.chunk, G, H // G, K)
+        outputs.append(_attend(q_RTGMK, context.position_N[split:].reshape(-1, context.chunk), k_pool, v_pool,
+                               context.prefill))
+    out_NHK = jnp.concatenate([o.reshape(-1, H, K) for o in outputs])
+    return out_NHK[None].astype(q_BTHK.dtype), (k_pool, v_pool)
+
+
+def _write(pool_GPSK: Array, new_NGK: Array, slot_N: Array) -> Array:
+    # In the pool's own shape: XLA updates in place what it need not reshape, and copies the pool whole otherwise.
+    page_N, offset_N = jnp.divmod(slot_N, pool_GPSK.shape[2])
+    new_GNK = jnp.swapaxes(new_NGK, 0, 1).astype(pool_GPSK.dtype)
+    if slot_N.shape[0] == 1:  # a scatter of one index would become an update behind a bounds check: a copy again
+        return jax.lax.dynamic_update_slice(pool_GPSK, new_GNK[:, None], (0, page_N[0], offset_N[0], 0))
+    return pool_GPSK.at[:, page_N, offset_N].set(new_GNK, mode="promise_in_bounds")
+
+
+def _attend(q_RTGMK: Array, position_RT: Array, k_pool_GPSK: Array, v_pool_GPSK: Array, work: WorkList) -> Array:
+    """Attention of T queries a row over the row's pages: float32 [R, T, G, M, K]."""
+    R, T, G, M, K = q_RTGMK.shape
+    S = k_pool_GPSK.shape[2]
+    A = T * M  # queries of one kv head
+    # Enough items a trip to amortise the loop, few enough that a lone short row does not pay for a full group.
+    group = min(work.row_W.shape[0], max(4, 32 // T) if T > 1 else 32)
+    q_RGAK = jnp.transpose(q_RTGMK, (0, 2, 1, 3, 4)).reshape(R, G, A, K)
+    position_RA = jnp.repeat(position_RT, M, axis=1)
+    last_R = jnp.max(position_RT, axis=1)
+
+    def trip(t, carry):
+        m_RGA, l_RGA, acc_RGAK = carry
+        at = t * group
+        # The last group may start before `at` (dynamic_slice clamps): items seen before are masked out.
+        first = jnp.minimum(at, work.row_W.shape[0] - group)
+        index_W = first + jnp.arange(group)
+        live_W = (index_W >= at) & (index_W < work.count)
+        row_W, page_W, start_W = (jax.lax.dynamic_slice(a, (first,), (group,))
+                                  for a in (work.row_W, work.page_W, work.start_W))
+        row_W = jnp.where(live_W, row_W, R)  # R is out of range: gathers clamp, scatters drop
+        page_W = jnp.where(live_W, page_W, 0)
+        key_position_WS = start_W[:, None] + jnp.arange(S)
+        k_GWSK = jnp.take(k_pool_GPSK, page_W, axis=1, mode="clip")
+        v_GWSK = jnp.take(v_pool_GPSK, page_W, axis=1, mode="clip")
+        # A slot past the row's last token may hold anything, NaN included: select it away, 0 · NaN would be NaN.
+        written_WS = live_W[:, None] & (key_position_WS <= jnp.take(last_R, row_W, mode="clip")[:, None])
+        v_GWSK = jnp.where(written_WS[None, :, :, None], v_GWSK, 0)
+        q_WGAK = jnp.take(q_RGAK, row_W, axis=0, mode="clip")
+        scores_GWAS = jnp.einsum("wgak,gwsk->gwas", q_WGAK, k_GWSK, preferred_element_type=jnp.float32)
+        visible_WAS = written_WS[:, None] & (
+            key_position_WS[:, None] <= jnp.take(position_RA, row_W, axis=0, mode="clip")[:, :, None])
+        scores_GWAS = jnp.where(visible_WAS[None], scores_GWAS, _NEG)
+        best_WGA = jnp.swapaxes(jnp.max(scores_GWAS, axis=-1), 0, 1)
+        new_m_RGA = m_RGA.at[row_W].max(best_WGA, mode="drop")
+        shift_GWA = jnp.swapaxes(jnp.take(new_m_RGA, row_W, axis=0, mode="clip"), 0, 1)
+        p_GWAS = jnp.where(visible_WAS[None], jnp.exp(scores_GWAS - shift_GWA[..., None]), 0.0)
+        pv_WGAK = jnp.einsum("gwas,gwsk->wgak", p_GWAS.astype(v_GWSK.dtype), v_GWSK,
+                             preferred_element_type=jnp.float32)
+        keep_RGA = jnp.exp(m_RGA - new_m_RGA)
+        l_RGA = (l_RGA * keep_RGA).at[row_W].add(jnp.swapaxes(jnp.sum(p_GWAS, axis=-1), 0, 1), mode="drop")
+        acc_RGAK = (acc_RGAK * keep_RGA[..., None]).at[row_W].add(pv_WGAK, mode="drop")
+        return new_m_RGA, l_RGA, acc_RGAK
+
+    init = (jnp.full((R, G, A), _NEG, jnp.float32), jnp.zeros((R, G, A), jnp.float32),
+            jnp.zeros((R, G, A, K), jnp.float32))
+    trips = (work.count + group - 1) // group
+    _, l_RGA, acc_RGAK = jax.lax.fori_loop(0, trips, trip, init)
+    out_RGAK = acc_RGAK / jnp.where(l_RGA > 0, l_RGA, 1.0)[..., None]
+    return jnp.transpose(out_RGAK.reshape(R, G, T, M, K), (0, 2, 1, 3, 4))
