@@ -1,0 +1,58 @@
+"""Continues a prompt with the model of a run directory."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+if not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
+from experiments import cli  # noqa: E402
+
+EXAMPLES = (
+    'python -m experiments.generate --run_dir=runs/quickstart --prompt="def main(" --max_tokens=64',
+    'python -m experiments.generate --run_dir=runs/quickstart --prompt="import " --temperature=0.8 --top_p=0.9 --json',
+)
+
+
+def generate(run_dir: str, prompt: str, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int | None = None, stop: tuple[str, ...] = (), ignore_eos: bool = False,
+             json: bool = False) -> None:
+    """Prints the continuation; with `json` an object with `text`, `token_ids`, `logprobs`, `finish_reason` and counts.
+
+    Args:
+      run_dir: run directory of the model; it may be read-only
+      prompt: text to continue, or - for standard input
+      max_tokens: most tokens to generate
+      temperature: divides the logits; 0 takes the most likely token
+      top_k: draw among the k most likely tokens; 0 is off
+      top_p: draw among the fewest tokens that sum to this probability; 1 is off
+      seed: draws repeat with the same seed; by default a fresh one
+      stop: strings that end the text, as ('a', 'b')
+      ignore_eos: go on after the end token
+      json: print one JSON object
+    """
+    from llm_jax import compile_cache, runs
+
+    compile_cache.enable_compile_cache()
+    text = sys.stdin.read() if prompt == "-" else prompt
+    got = runs.load(run_dir).complete(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                      seed=seed, stop=tuple(stop), ignore_eos=ignore_eos)
+    print(_as_json(got) if json else got.text)
+
+
+def _as_json(got) -> str:
+    return json.dumps({"text": got.text, "token_ids": got.token_ids, "logprobs": got.logprobs,
+                       "finish_reason": got.finish_reason, "prompt_tokens": got.usage.prompt_tokens,
+                       "completion_tokens": got.usage.completion_tokens}, ensure_ascii=False)
+
+
+def main(argv=None) -> int:
+    """Generates; returns the exit status."""
+    return cli.gin_main("experiments.generate:generate", (), argv, description=__doc__, examples=EXAMPLES, flags=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,1 @@
+"""Serving a model: paged cache, engine (device), scheduler (policy, no JAX in it), sampling, generation."""

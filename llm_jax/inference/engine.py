@@ -1,0 +1,164 @@
+"""The device side of serving: weights, page pools and the compiled steps. What to run, the scheduler decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.inference import memory
+from llm_jax.inference.batch import Geometry, StepBatch, StepShape, build, choose_shape
+from llm_jax.inference.request import SamplingParams
+from llm_jax.inference.sampling import sample
+from llm_jax.inference.scheduler import Plan
+from llm_jax.kernels.paged import make_pool
+from llm_jax.models import Decoder, Execution, ModelConfig, unstack
+
+Pools = list[tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is laid out.
+
+    Attributes:
+      max_rows: sequences that run at once.
+      prefill_rows: most sequences whose prompts advance in one step.
+      chunk: most prompt tokens of one sequence in one step.
+      page_size: tokens of a page.
+      num_pages: pages of the pool; None takes what free memory and max_rows full contexts allow.
+      max_context: longest sequence served; None takes the model's.
+      dtype: of weights and cache; None takes float32 on a CPU (where bfloat16 is emulated) and bfloat16 elsewhere.
+    """
+
+    max_rows: int = 32
+    prefill_rows: int = 4
+    chunk: int = 64
+    page_size: int = 16
+    num_pages: int | None = None
+    max_context: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "prefill_rows", "chunk", "page_size", "num_pages", "max_context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise memory.UserError(f"{name} must be at least 1, not {value}")
+
+
+def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
+    """The shapes that are compiled: a lone row, a few, and all; few or all beside a prompt; all beside all prompts.
+
+    Each costs seconds of compiling at start; between two of them, empty rows are computed in vain.
+    """
+    few, most = min(8, config.max_rows), config.max_rows
+    shapes = {StepShape(0, 1), StepShape(0, few), StepShape(0, most), StepShape(1, few), StepShape(1, most),
+              StepShape(config.prefill_rows, most)}
+    return tuple(sorted(shapes))
+
+
+def serving_step(model: Decoder, params: Any, pools: Pools, batch: StepBatch) -> tuple[Pools, jax.Array, jax.Array]:
+    """One step: writes the tokens' keys and values, and draws one token a row.
+
+    Args:
+      model: with unrolled layers.
+      params: per-layer parameters (`models.unstack`).
+      pools: one (keys, values) pair a layer, each [G, P, S, K]; donated.
+      batch: see `StepBatch`.
+    Returns:
+      the pools, int32 tokens [R], float32 log-probabilities [R].
+    """
+    x_1ND, pools = model.apply({"params": params}, batch.token_N[None], batch.context.position_N[None], batch.context,
+                               pools, method="hidden")
+    logits_RV = model.apply({"params": params}, x_1ND[0, batch.out_R], method="logits")
+    return pools, *sample(logits_RV, batch.sampling)
+
+
+class Engine:
+    """Weights and pools on the device, and `run`, which carries out one plan."""
+
+    def __init__(self, config: ModelConfig, params: Any, options: EngineConfig = EngineConfig(), *,
+                 available_bytes: int | None = None):
+        """Lays out weights and pools; `compile` must be called before `run`.
+
+        Args:
+          config: the model's.
+          params: its stacked parameters; arrays of the engine's dtype are used as they are, others are cast.
+          options: see `EngineConfig`.
+          available_bytes: memory for the pages; default what is free.
+        Raises:
+          UserError: the pages do not fit, or the context is longer than the model's.
+        """
+        self.options = options
+        self.config = config
+        self.dtype = options.dtype or default_dtype()
+        self.max_context = options.max_context or config.max_context
+        if self.max_context > config.max_context:
+            raise memory.UserError(f"max_context={self.max_context} is more than the model's {config.max_context}")
+        self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False))
+        self.params = _serving_params(params, self.dtype)
+        self.shapes = step_shapes(options)
+        num_pages = memory.plan_pages(
+            config, page_size=options.page_size, itemsize=jnp.dtype(self.dtype).itemsize,
+            max_context=self.max_context, max_rows=options.max_rows,
+            available=memory.free_bytes() if available_bytes is None else available_bytes, requested=options.num_pages)
+        self.geometry = Geometry(num_pages, options.page_size, options.chunk, -(-self.max_context // options.page_size))
+        self.pools = self._make_pools()
+        self._steps: dict[StepShape, Callable[..., Any]] = {}
+        self.num_steps = 0
+
+    def compile(self, progress: Callable[[str], None] = lambda line: None) -> float:
+        """Compiles every step shape; afterwards nothing compiles. Returns the seconds it took."""
+        began = time.perf_counter()
+        for shape in self.shapes:
+            at = time.perf_counter()
+            self._steps[shape] = self.lower(shape).compile()
+            progress(f"compiled step: {shape.decode_rows} decode rows, {shape.prefill_rows} prompts of up to "
+                     f"{self.options.chunk} tokens ({time.perf_counter() - at:.1f} s)")
+        return time.perf_counter() - began
+
+    def lower(self, shape: StepShape) -> jax.stages.Lowered:
+        """The step of that shape, traced with this engine's arrays."""
+        def step(params: Any, pools: Pools, batch: StepBatch) -> tuple[Pools, jax.Array, jax.Array]:
+            return serving_step(self.model, params, pools, batch)
+
+        batch = build(Plan((), ()), shape, self.geometry, {})
+        return jax.jit(step, donate_argnums=1).lower(self.params, self.pools, batch)
+
+    def run(self, plan: Plan, params: Mapping[int, SamplingParams]) -> dict[int, tuple[int, float]]:
+        """Runs one step; returns (token, log-probability) by sequence id for the chunks that sample.
+
+        If the device fails, the pools are lost: call `reset`, after which no sequence is computed any more.
+        """
+        shape = choose_shape(plan, self.shapes)
+        batch = build(plan, shape, self.geometry, params)
+        self.pools, token_R, logprob_R = self._steps[shape](self.params, self.pools, batch)
+        tokens, logprobs = np.asarray(token_R), np.asarray(logprob_R)
+        self.num_steps += 1
+        rows = [*enumerate(plan.decode), *enumerate(plan.prefill, start=shape.decode_rows)]
+        return {c.sequence.id: (int(tokens[row]), float(logprobs[row])) for row, c in rows if c.samples}
+
+    def reset(self) -> None:
+        """Fresh pools, after a step that failed with the old ones donated."""
+        self.pools = self._make_pools()
+
+    def _make_pools(self) -> Pools:
+        g, c = self.geometry, self.config
+        return [make_pool(g.num_pages, g.page_size, c.num_kv_heads, c.head_dim, self.dtype)
+                for _ in range(c.num_layers)]
+
+
+def default_dtype() -> str:
+    """float32 on a CPU, which converts bfloat16 back and forth at every product; bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _serving_params(params: Any, dtype: str) -> Any:
+    if "layers" in params:
+        params = unstack(params)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)

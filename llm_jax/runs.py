@@ -1,0 +1,247 @@
+"""The run directory: everything there is to know about one model, handed from stop to stop.
+
+    model.json      ModelConfig: rebuilds the module without Gin
+    config.gin      the operative configuration, for replay
+    manifest.json   git revision, package versions, data hashes, mesh, seeds, metrics
+    tokenizer.model
+    checkpoints/    Orbax
+    logs/           TensorBoard, metrics
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from llm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_jax.data.tokenizer import Tokenizer
+    from llm_jax.inference.engine import Engine, EngineConfig
+    from llm_jax.models import Decoder, ModelConfig
+
+MODEL, CONFIG, MANIFEST, CHECKPOINTS, LOGS = "model.json", "config.gin", "manifest.json", "checkpoints", "logs"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+class Run:
+    """A run directory, opened for reading; its parts are loaded when they are first asked for.
+
+    Attributes:
+      directory: where it is.
+      config: the `ModelConfig`.
+    """
+
+    def __init__(self, directory: epath.Path, config: ModelConfig):
+        self.directory = directory
+        self.config = config
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says; empty if there is none."""
+        path = self.directory / MANIFEST
+        return _read_json(path) if path.exists() else {}
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        """The Flax module; `run.model.apply({"params": run.params}, tokens_BT)` gives float32 logits [B, T, V]."""
+        from llm_jax.models import Decoder
+
+        return Decoder(self.config)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The parameters of the latest checkpoint: float32, stacked layout, on the first device."""
+        return self.load_params()
+
+    def load_params(self, dtype: str | None = None) -> Any:
+        """Reads the latest parameters, cast to `dtype` while they are read (None: as they were saved).
+
+        Raises:
+          UserError: no checkpoint, a damaged one, or one of another model's shapes.
+        """
+        import jax
+
+        from llm_jax.checkpoints import Checkpoints
+        from llm_jax.models import abstract_params
+
+        shapes = abstract_params(self.model)
+        if dtype is not None:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        checkpoints = Checkpoints(self.directory / CHECKPOINTS, read_only=True)
+        try:
+            return checkpoints.restore_params(shapes)
+        finally:
+            checkpoints.close()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the model was trained with."""
+        from llm_jax.data.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.directory)
+
+    def engine(self, options: EngineConfig, *, available_bytes: int | None = None) -> tuple[Engine, Tokenizer]:
+        """The serving engine over these weights, not yet compiled, and the tokenizer.
+
+        Args:
+          options: the engine's layout.
+          available_bytes: memory for weights and pages; default what is free.
+        Raises:
+          UserError: weights or pages do not fit (said before the weights are read), or the directory is damaged.
+        """
+        # Imported here, as the library's leaves import no room above them; a run that is only read needs no engine.
+        import jax.numpy as jnp
+
+        from llm_jax.inference import memory
+        from llm_jax.inference.engine import Engine, default_dtype
+
+        tokenizer = self.tokenizer
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(f"{self.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                            f"{self.config.vocab_size}; they are not of one run")
+        dtype = options.dtype or default_dtype()
+        itemsize = jnp.dtype(dtype).itemsize
+        available = memory.free_bytes() if available_bytes is None else available_bytes
+        memory.check_weights_fit(self.config, itemsize, available)
+        left = available - self.config.num_params() * itemsize
+        return Engine(self.config, self.load_params(dtype), options, available_bytes=left), tokenizer
+
+    def generate(self, prompt: str, max_tokens: int = 128, temperature: float = 0.0, **sampling: Any) -> str:
+        """Continues `prompt`; the text alone, without the prompt.
+
+        Args:
+          prompt: any text; BOS is put in front of its tokens.
+          max_tokens: most tokens to generate.
+          temperature: 0 for the most likely token each time.
+          **sampling: other fields of `inference.request.SamplingParams`.
+        """
+        return self.complete(prompt, max_tokens=max_tokens, temperature=temperature, **sampling).text
+
+    def complete(self, prompt: str, **sampling: Any) -> Any:
+        """As `generate`, with tokens, log-probabilities, finish reason and counts: an `inference.generation.Completion`."""
+        from llm_jax.inference.generation import complete
+        from llm_jax.inference.request import SamplingParams
+
+        service = self._service
+        return complete(service, [service.encode(prompt)], [SamplingParams(**sampling)])[0]
+
+    @functools.cached_property
+    def _service(self) -> Any:
+        from llm_jax.inference.engine import EngineConfig
+        from llm_jax.inference.service import Service
+
+        # One row: a lone caller; the prompt goes in larger chunks as nobody waits beside it.
+        engine, tokenizer = self.engine(EngineConfig(max_rows=1, prefill_rows=1, chunk=128))
+        engine.compile()
+        return Service(engine, tokenizer)
+
+
+def load(run_dir: epath.PathLike) -> Run:
+    """Opens a run directory.
+
+    Raises:
+      UserError: it is not one, or its model description is damaged.
+    """
+    from llm_jax.models import ModelConfig
+
+    directory = epath.Path(run_dir)
+    path = directory / MODEL
+    try:
+        if not path.exists():
+            raise UserError(f"{directory} is not a run directory: it has no {MODEL}")
+    except PermissionError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror}") from error
+    fields = _read_json(path)
+    try:
+        return Run(directory, ModelConfig.from_dict(fields))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.PathLike, config_gin: str,
+           manifest: dict[str, Any]) -> epath.Path:
+    """Makes a run directory, or rewrites the description of one that is there (checkpoints and logs stay).
+
+    Args:
+      run_dir: where.
+      config: the model.
+      tokenizer_path: the `tokenizer.model` file to keep beside it.
+      config_gin: the configuration that `--gin_file` can replay.
+      manifest: what this run is made of; `environment()` is added.
+    Returns:
+      the directory.
+    Raises:
+      UserError: it cannot be written.
+    """
+    directory = epath.Path(run_dir)
+    try:
+        (directory / LOGS).mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / "tokenizer.model", epath.Path(tokenizer_path).read_bytes())
+        write_atomic(directory / CONFIG, config_gin.encode())
+        write_atomic(directory / MANIFEST, _to_json(environment() | manifest))
+        # Last: a directory with a model.json is a run directory.
+        write_atomic(directory / MODEL, _to_json(config.to_dict()))
+    except OSError as error:
+        raise UserError(f"cannot write the run directory {directory}: {error.strerror or error}") from error
+    return directory
+
+
+def update_manifest(run_dir: epath.PathLike, **fields: Any) -> None:
+    """Sets top-level fields of the manifest, atomically."""
+    path = epath.Path(run_dir) / MANIFEST
+    write_atomic(path, _to_json(_read_json(path) | fields))
+
+
+def environment() -> dict[str, Any]:
+    """Git revision (None outside a checkout), Python, platform and package versions."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"git_revision": _git_revision(), "python": platform.python_version(), "platform": platform.platform(),
+            "packages": versions}
+
+
+def write_atomic(path: epath.Path, content: bytes) -> None:
+    """Writes under a temporary name and renames, so that a reader sees the old file or the new one."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def _git_revision() -> str | None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                               capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,60 @@
+"""One small model, its engine and its service, for all tests of this folder."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import models
+from llm_jax.data.tokenizer_training import train_tokenizer
+from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.service import Service
+from llm_jax.models import Decoder, ModelConfig
+
+OPTIONS = EngineConfig(max_rows=12, prefill_rows=3, chunk=8, page_size=4, num_pages=120, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(["for i in range(10):\n    print(i)\n" * 5, "满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？\n" * 5], 360)
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer):
+    return ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+                       head_dim=8, mlp_dim=48, max_context=96)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    made = jax.jit(lambda key: models.init_params(Decoder(config), key))(jax.random.key(0))
+    # Larger than at initialisation: attention that is nearly uniform would hide a wrong position.
+    return jax.tree.map(lambda leaf: leaf * 2.0, made)
+
+
+@pytest.fixture(scope="session")
+def engine(config, params):
+    made = Engine(config, params, OPTIONS)
+    made.compile()
+    return made
+
+
+@pytest.fixture(scope="session")
+def service(engine, tokenizer):
+    made = Service(engine, tokenizer, max_queue=64)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def dense_logits(config, params):
+    """tokens → float32 logits [T, V] of the dense forward, padded to one compiled length."""
+    apply = jax.jit(lambda t: Decoder(config).apply({"params": params}, t))
+
+    def logits(tokens):
+        padded = np.zeros((1, config.max_context), np.int32)
+        padded[0, :len(tokens)] = tokens
+        return np.asarray(apply(padded))[0, :len(tokens)]
+
+    return logits

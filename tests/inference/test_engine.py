@@ -1,0 +1,127 @@
+"""The engine against the dense forward, and its compiled programs by their text."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.inference import memory
+from llm_jax.inference.batch import StepShape, build, choose_shape
+from llm_jax.inference.engine import Engine, EngineConfig, step_shapes
+from llm_jax.inference.pages import PagePool
+from llm_jax.inference.scheduler import Scheduler, Sequence
+from llm_jax.models import Decoder, ModelConfig
+from tests.inference.conftest import OPTIONS
+
+
+def test_paged_logits_equal_dense_at_every_position(engine, dense_logits, config):
+    """Chunks and decodes of three sequences in shared steps, teacher-forced over random tokens."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, config.vocab_size, n).tolist() for n in (61, 7, 30)]
+    g = engine.geometry
+    scheduler = Scheduler(PagePool(g.num_pages, g.page_size), max_rows=12, prefill_rows=3, chunk=8, max_context=96,
+                          max_queue=9)
+    prompts = (20, 3, 30)
+    sequences = [Sequence(i, text[:n], n, 99) for i, (text, n) in enumerate(zip(texts, prompts, strict=True))]
+    for s in sequences:
+        scheduler.add(s)
+    shape = StepShape(3, 12)
+
+    @jax.jit
+    def all_logits(params, pools, batch):
+        x, pools = engine.model.apply({"params": params}, batch.token_N[None], batch.context.position_N[None],
+                                      batch.context, pools, method="hidden")
+        return engine.model.apply({"params": params}, x[0], method="logits"), pools
+
+    pools = jax.tree.map(lambda pool: pool + np.nan, engine._make_pools())  # nothing unwritten may be read
+    got = [np.full((len(t), config.vocab_size), np.nan) for t in texts]
+    while plan := scheduler.schedule():
+        logits_NV, pools = all_logits(engine.params, pools, build(plan, shape, g, {}))
+        starts = [*range(len(plan.decode)), *(12 + 8 * i for i in range(len(plan.prefill)))]
+        for c, at in zip(plan, starts, strict=True):
+            got[c.sequence.id][c.start:c.start + c.count] = logits_NV[at:at + c.count]
+        scheduler.commit(plan, {s.id: (texts[s.id] + [0] * 2)[len(s.tokens)] for s in sequences})
+        for s in list(scheduler.running):
+            if s.computed == len(texts[s.id]):
+                scheduler.remove(s)
+    for text, mine in zip(texts, got, strict=True):
+        np.testing.assert_allclose(mine, dense_logits(text), atol=1e-4)
+
+
+def test_no_step_copies_converts_or_transposes_a_weight_or_a_pool():
+    """Sizes are primes, so that a shape in the program's text can only be what it looks like."""
+    config = ModelConfig(vocab_size=509, num_layers=2, embed_dim=58, num_heads=2, num_kv_heads=2, head_dim=14,
+                         mlp_dim=101, max_context=64)
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(
+        lambda: Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]))
+    from flax.core import meta
+    engine = Engine(config, meta.unbox(params), EngineConfig(max_rows=11, prefill_rows=2, chunk=7, page_size=5,
+                                                             num_pages=307, dtype="float32"))
+    kept = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(engine.params) if leaf.ndim > 1}
+    kept |= {(58, 28), (28, 58)}  # a projection seen as a matrix
+    pools = {leaf.shape for leaf in jax.tree.leaves(engine.pools)}
+    kept = {tuple(sorted(k)) for k in kept | pools | {(2, 308 * 5, 14)}}
+    moved = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|convert|transpose|copy-start)\(")
+    for shape in (StepShape(0, 1), StepShape(0, 8), StepShape(0, 11), StepShape(2, 11)):
+        text = engine.lower(shape).compile().as_text()
+        found = [m[0] for m in moved.finditer(text) if tuple(sorted(int(n) for n in m[1].split(","))) in kept]
+        assert not found, f"{shape}: {found}"
+        assert "input_output_alias" in text and len(re.findall(r"\{\d+\}: \(\d+, \{\}", text)) >= 4
+
+
+def test_the_smallest_shape_that_holds_a_plan_is_taken():
+    shapes = step_shapes(EngineConfig(max_rows=32, prefill_rows=4))
+
+    class Plan:
+        def __init__(self, decode, prefill):
+            self.decode, self.prefill = [0] * decode, [0] * prefill
+
+    for decode, prefill in [(1, 0), (2, 0), (9, 0), (32, 0), (0, 1), (30, 1), (0, 2), (28, 4)]:
+        shape = choose_shape(Plan(decode, prefill), shapes)
+        assert shape.decode_rows >= decode and shape.prefill_rows >= prefill
+    assert choose_shape(Plan(1, 0), shapes) == StepShape(0, 1)
+    assert choose_shape(Plan(9, 0), shapes) == StepShape(0, 32)
+    assert choose_shape(Plan(3, 1), shapes) == StepShape(1, 8)
+
+
+def test_a_context_longer_than_the_model_is_refused(config, params):
+    with pytest.raises(memory.UserError, match="97 is more than the model's 96"):
+        Engine(config, params, EngineConfig(max_context=97))
+
+
+class TestMemory:
+    CONFIG = ModelConfig(vocab_size=100, num_layers=3, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8,
+                         max_context=64)
+    PAGE = 2 * 3 * 1 * 4 * 16 * 4  # keys and values · layers · heads · width · tokens · bytes
+
+    def plan(self, available, **changes):
+        return memory.plan_pages(self.CONFIG, **{"page_size": 16, "itemsize": 4, "max_context": 64, "max_rows": 8,
+                                                 "available": available, **changes})
+
+    def test_pages_by_hand(self):
+        assert memory.page_bytes(self.CONFIG, 16, 4) == self.PAGE
+        assert self.plan(10 * self.PAGE + 1) == 10
+        assert self.plan(1000 * self.PAGE) == 32  # eight rows of four pages
+        assert self.plan(1000 * self.PAGE, requested=500) == 500
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(memory.UserError, match="does not fit: 4 pages"):
+            self.plan(4 * self.PAGE - 1)
+        with pytest.raises(memory.UserError, match="num_pages=3"):
+            self.plan(1000 * self.PAGE, requested=3)
+        with pytest.raises(memory.UserError, match="does not fit: 500 pages"):
+            self.plan(400 * self.PAGE, requested=500)
+        with pytest.raises(memory.UserError, match="weights need"):
+            memory.check_weights_fit(self.CONFIG, 4, 1000)
+
+    def test_free_memory_is_known_here(self):
+        assert memory.free_bytes() > 2**20
+
+
+def test_options_are_checked():
+    with pytest.raises(memory.UserError, match="chunk"):
+        EngineConfig(chunk=0)
+    assert OPTIONS.num_pages == 120
