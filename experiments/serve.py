@@ -1,0 +1,25 @@
+"""Serves the model of a run directory over gRPC, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+if not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
+from experiments import cli  # noqa: E402
+
+EXAMPLES = (
+    "python -m experiments.serve --run_dir=runs/quickstart --port=9000",
+    'python -m serving.client --address=127.0.0.1:9000 --prompt="def main("',
+)
+
+
+def main(argv=None) -> int:
+    """Loads, compiles, serves; returns 0 after a shutdown that was asked for."""
+    return cli.gin_main("serving.launch:launch", (), argv, description=__doc__, examples=EXAMPLES, flags=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,191 @@
+"""What every way of asking for text has in common: submit the samples, stream their news, let go of what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+
+from llm_jax.inference.request import Delta, InvalidRequest, QueueFull, SamplingParams, Unavailable
+from serving.mailbox import Closed, Mailbox
+
+MAX_SAMPLES = 64  # samples of one call; the queue's own bound comes on top
+LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop to other calls
+
+
+class Rejected(Exception):
+    """A call that ends with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def invalid(message: str) -> Rejected:
+    """INVALID_ARGUMENT: the same call would fail again."""
+    return Rejected(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def method(handler: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
+    """Makes a servicer method answer `Rejected` and the engine's errors as gRPC statuses.
+
+    Anything unforeseen is INTERNAL for this one call, with its traceback on the server's stderr.
+    """
+
+    @functools.wraps(handler)
+    async def answered(self, request, context):
+        try:
+            if request is None:
+                raise invalid("the request's bytes are not the message this method takes")
+            return await handler(self, request, context)
+        except Rejected as error:
+            rejected = error
+        except InvalidRequest as error:
+            rejected = invalid(str(error))
+        except QueueFull as error:
+            rejected = Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except Unavailable as error:
+            rejected = Rejected(grpc.StatusCode.UNAVAILABLE, str(error))
+        except grpc.aio.BaseError:  # the call is over already (a write after the client left)
+            raise
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            rejected = Rejected(grpc.StatusCode.INTERNAL, f"the server failed on this request: {error!r:.200}")
+        await context.abort(rejected.code, rejected.message)
+
+    return answered
+
+
+class Calls:
+    """The running calls over one `Service`.
+
+    Attributes:
+      service: the engine's front, `llm_jax.inference.service.Service` or what behaves like it.
+      accepting: whether new calls are taken; `refuse_new` ends that.
+    """
+
+    def __init__(self, service) -> None:
+        self.service = service
+        self.accepting = True
+        self._running: set[Mailbox] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a call that came now could be served."""
+        return self.accepting and bool(self.service.is_live)
+
+    def refuse_new(self) -> None:
+        """From now on new calls end with UNAVAILABLE; the running ones go on."""
+        self.accepting = False
+        self.service.begin_drain()
+
+    def cut(self) -> None:
+        """Ends every running call with UNAVAILABLE."""
+        for mailbox in self._running:
+            mailbox.close()
+
+    async def finished(self, timeout_s: float) -> bool:
+        """Waits until no call runs; False if that took longer than `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def running(self) -> int:
+        """Calls that are being answered."""
+        return len(self._running)
+
+    async def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of `text`; a long text is tokenized in another thread."""
+        if len(text) < LONG_TEXT:
+            return self.service.encode(text, add_bos=add_bos)
+        return await asyncio.to_thread(self.service.encode, text, add_bos=add_bos)
+
+    def sampling(self, prompt_ids: Sequence[int], *, max_tokens: int, num_samples: int, **fields) -> SamplingParams:
+        """Sampling parameters of a request over the wire, where 0 for `max_tokens` is "as many as fit".
+
+        Raises:
+          InvalidRequest, Rejected: naming the field and the values it takes.
+        """
+        if max_tokens < 0:
+            raise invalid(f"max_tokens={max_tokens} must be positive, or 0 for as many as fit")
+        if not 0 <= num_samples <= MAX_SAMPLES:
+            raise invalid(f"num_samples={num_samples} must lie between 1 and {MAX_SAMPLES}")
+        if not prompt_ids:
+            raise invalid("the prompt has no tokens")
+        # A prompt that leaves no room is refused by the service, which knows the limit to name.
+        return SamplingParams(max_tokens=max_tokens or max(1, self.service.max_context - len(prompt_ids)), **fields)
+
+    async def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_samples: int,
+        priority: int,
+        write: Callable[[dict[int, Delta], dict[int, float]], Awaitable[None]],
+    ) -> None:
+        """Runs `num_samples` samples of one prompt, handing their news to `write` until each has finished.
+
+        However this ends (also by cancellation: the client left or its deadline passed), nothing of the call keeps
+        running in the engine.
+
+        Args:
+          prompt_ids: the prompt, beginning-of-sequence token included.
+          sampling: what to do with it; `sample` is filled in here.
+          num_samples: samples of the prompt; 0 means 1.
+          priority: larger goes first among the requests that wait.
+          write: given the merged delta of each sample with news, and the seconds to each sample's first token so far.
+
+        Raises:
+          Rejected: with the status the call should end with.
+          InvalidRequest, QueueFull, Unavailable: from the service.
+        """
+        if not self.accepting:
+            raise Unavailable("the server is shutting down and takes no new requests")
+        arrived = time.monotonic()
+        mailbox = Mailbox(asyncio.get_running_loop())
+        unfinished: dict[int, int] = {}  # sample → request id
+        first_token: dict[int, float] = {}
+        self._running.add(mailbox)
+        self._idle.clear()
+        try:
+            for sample in range(num_samples or 1):
+                unfinished[sample] = self.service.submit(
+                    prompt_ids, dataclasses.replace(sampling, sample=sample), functools.partial(mailbox.push, sample),
+                    priority=priority)
+            while unfinished:
+                news = await mailbox.take()
+                for sample, delta in news.items():
+                    if delta.token_ids:
+                        first_token.setdefault(sample, time.monotonic() - arrived)
+                    if delta.finish_reason is not None:
+                        del unfinished[sample]
+                        self._raise_if_failed(delta)
+                await write(news, first_token)
+        except Closed:
+            raise Unavailable("the server shut down before this request was finished") from None
+        finally:
+            for request_id in unfinished.values():
+                self.service.cancel(request_id)
+            self._running.discard(mailbox)
+            if not self._running:
+                self._idle.set()
+
+    def _raise_if_failed(self, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise Rejected(grpc.StatusCode.INTERNAL, delta.error or "the engine failed on this request")
+        if delta.finish_reason == "cancelled":
+            if not self.is_live:
+                raise Unavailable("the server shut down before this request was finished")
+            raise Rejected(grpc.StatusCode.CANCELLED, delta.error or "the request was cancelled by the server")

@@ -1,0 +1,87 @@
+"""From the engine's thread to one call's coroutine, without either waiting for the other."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+
+from llm_jax.inference.request import Delta
+
+
+class Closed(Exception):
+    """The server is going down and this call ends now."""
+
+
+@dataclasses.dataclass
+class _Pending:
+    """What a sample has produced since its reader last looked."""
+
+    text: list[str] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    last: Delta | None = None
+
+
+class Mailbox:
+    """Deltas of one call's samples, merged per sample while the reader is busy.
+
+    `push` is called by the engine's thread and never blocks: a reader that lags finds one larger delta instead of many
+    small ones, so what is held is at most the text of the request itself and no other request is slowed down.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._woken = False  # a wake-up is on its way or has not been acted on: no second one is needed
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def push(self, sample: int, delta: Delta) -> None:
+        """Adds what `sample` has produced. Any thread; safe after the loop has closed."""
+        with self._lock:
+            pending = self._pending.setdefault(sample, _Pending())
+            pending.text.append(delta.text)
+            pending.token_ids.extend(delta.token_ids)
+            pending.logprobs.extend(delta.logprobs)
+            if delta.finish_reason is not None:
+                pending.last = delta
+            wake, self._woken = not self._woken, True
+        if wake:
+            try:
+                self._loop.call_soon_threadsafe(self._news.set)
+            except RuntimeError:  # the loop has closed, so nobody is left to read
+                pass
+
+    def close(self) -> None:
+        """Makes `take` raise `Closed`, now and from now on. Event loop only."""
+        self._closed = True
+        self._news.set()
+
+    async def take(self) -> dict[int, Delta]:
+        """Waits until at least one sample has news; returns the merged delta of each that has.
+
+        Raises:
+          Closed: `close` was called.
+        """
+        await self._news.wait()
+        if self._closed:
+            raise Closed
+        with self._lock:
+            pending, self._pending = self._pending, {}
+            self._woken = False
+            self._news.clear()
+        return {sample: _merged(parts) for sample, parts in sorted(pending.items())}
+
+
+def _merged(parts: _Pending) -> Delta:
+    last = parts.last
+    return Delta(
+        text="".join(parts.text),
+        token_ids=tuple(parts.token_ids),
+        logprobs=tuple(parts.logprobs),
+        finish_reason=last.finish_reason if last else None,
+        usage=last.usage if last else None,
+        error=last.error if last else None,
+    )

@@ -1,0 +1,1 @@
+"""Protocol descriptions; `serving.messages` holds the classes."""

@@ -1,0 +1,167 @@
+"""How calls run and end: clients that leave or lag, queues that are full, engines that fail, servers that stop."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from llm_jax.inference.request import Delta
+from serving import messages
+from tests.serving.doubles import FakeService, ForeignStub, running_server, wait_until
+
+
+@pytest.fixture
+def server():
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def channel(server):
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel):
+    return ForeignStub(channel)
+
+
+def _text(responses) -> str:
+    return "".join(r.stream_content.samples[0].text for r in responses)
+
+
+def _status(call) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    return caught.value.code(), caught.value.details()
+
+
+def test_a_client_that_cancels_frees_its_samples(server, stub):
+    call = stub.Decode(stub.text_request("ab", max_tokens=9000, num_samples=3))
+    next(call)
+    call.cancel()
+    assert wait_until(lambda: server.service.cancelled == [0, 1, 2])
+    assert wait_until(lambda: server.server.calls.running == 0)
+
+
+def test_a_client_whose_connection_breaks_frees_its_samples(server):
+    channel = grpc.insecure_channel(server.address)
+    stub = ForeignStub(channel)
+    next(stub.Decode(stub.text_request("ab", max_tokens=9000)))
+    channel.close()
+    assert wait_until(lambda: server.service.cancelled == [0])
+
+
+def test_a_deadline_frees_the_request(server, stub):
+    code, _ = _status(stub.Decode(stub.text_request("ab", max_tokens=9000), timeout=0.3))
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert wait_until(lambda: server.service.cancelled == [0])
+
+
+def test_a_full_queue_takes_none_of_a_requests_samples():
+    with running_server(FakeService(max_running=4)) as running, grpc.insecure_channel(running.address) as channel:
+        stub = ForeignStub(channel)
+        first = stub.Decode(stub.text_request("ab", max_tokens=9000, num_samples=2))
+        next(first)
+        code, said = _status(stub.Decode(stub.text_request("cd", max_tokens=9000, num_samples=3)))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "waiting" in said
+        assert running.service.cancelled == [2, 3]
+        assert _text(stub.Decode(stub.text_request("ef", max_tokens=4))) == "efef"
+        first.cancel()
+
+
+def test_a_reader_that_lags_gets_everything_in_larger_pieces_and_delays_nobody():
+    with running_server(FakeService(step_s=0)) as running:
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]  # buffers little for its reader
+        with grpc.insecure_channel(running.address, options=options) as lagging, \
+                grpc.insecure_channel(running.address) as channel:
+            slow_stub, stub = ForeignStub(lagging), ForeignStub(channel)
+            slow = slow_stub.Decode(slow_stub.text_request("长文本", max_tokens=9000))
+            beginning = next(slow)
+            # The slow client reads nothing while others are served, and while its own request runs to its end.
+            for _ in range(5):
+                assert _text(stub.Decode(stub.text_request("ab", max_tokens=50))) == "ab" * 25
+            assert wait_until(lambda: running.service.stats()["running"] == 0)
+            messages_of_slow = [beginning, *slow]
+            assert _text(messages_of_slow) == "长文本" * 3000
+            assert len(messages_of_slow) < 4500
+
+
+def test_a_fault_ends_one_request(server, stub, capfd):
+    service = server.service
+    service.faults = {"raise": RuntimeError("no such luck"), "fail": Delta(finish_reason="error", error="went wrong"),
+                      "cut": Delta(finish_reason="cancelled")}
+    other = stub.Decode(stub.text_request("ab", max_tokens=100))
+    code, said = _status(stub.Decode(stub.text_request("raise", max_tokens=4)))
+    assert code == grpc.StatusCode.INTERNAL and "no such luck" in said
+    assert "Traceback" in capfd.readouterr().err
+    assert _status(stub.Decode(stub.text_request("fail", max_tokens=4))) == (grpc.StatusCode.INTERNAL, "went wrong")
+    assert _status(stub.Decode(stub.text_request("cut", max_tokens=4)))[0] == grpc.StatusCode.CANCELLED
+    assert _text(other) == "ab" * 50
+    assert stub.is_live()
+
+
+def test_health_follows_the_engine(server, stub, channel):
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", messages.ORCHESTRATOR, messages.INFERENCE):
+        assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(health_pb2.HealthCheckRequest(service="unknown"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    server.service.is_live = False
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert not stub.is_live()
+    assert _status(stub.Decode(stub.text_request("ab")))[0] == grpc.StatusCode.UNAVAILABLE
+    server.service.is_live = True
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+
+
+def test_reflection_describes_every_service(channel):
+    ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+
+    def request(**fields):
+        answer, = ask(iter([reflection_pb2.ServerReflectionRequest(**fields)]))
+        return answer
+
+    listed = {s.name for s in request(list_services="").list_services_response.service}
+    assert listed == {messages.ORCHESTRATOR, messages.INFERENCE, "grpc.health.v1.Health",
+                      "grpc.reflection.v1alpha.ServerReflection"}
+    for name in listed - {"grpc.reflection.v1alpha.ServerReflection"}:
+        files = request(file_containing_symbol=name).file_descriptor_response.file_descriptor_proto
+        described = map(descriptor_pb2.FileDescriptorProto.FromString, files)
+        services = [f"{file.package}.{service.name}" for file in described for service in file.service]
+        assert services == [name]
+
+
+def test_stopping_lets_running_calls_finish_and_refuses_others(server, stub):
+    call = stub.Decode(stub.text_request("ab", max_tokens=1000))
+    beginning = next(call)
+    stopping = server.start_stopping(grace_seconds=30)
+    assert wait_until(lambda: not server.server.calls.accepting)
+    assert not stub.is_live()
+    code, said = _status(stub.Decode(stub.text_request("ab")))
+    assert code == grpc.StatusCode.UNAVAILABLE and "shutting down" in said
+    assert _text([beginning, *call]) == "ab" * 500
+    assert stopping.result(timeout=10) is True
+    assert not server.service.cancelled
+
+
+def test_stopping_cuts_what_outlasts_the_grace_period(server, stub):
+    call = stub.Decode(stub.text_request("ab", max_tokens=9000))
+    next(call)
+    began = time.monotonic()
+    stopping = server.start_stopping(grace_seconds=0.3)
+    code, said = _status(call)
+    assert code == grpc.StatusCode.UNAVAILABLE and "shut down before" in said
+    assert stopping.result(timeout=10) is False
+    assert 0.25 < time.monotonic() - began < 3
+    assert server.service.cancelled == [0]

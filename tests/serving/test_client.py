@@ -1,0 +1,84 @@
+"""The client as a command."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import serving
+from serving import client
+from tests.serving.doubles import running_server
+
+ROOT = pathlib.Path(serving.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_server() as running:
+        yield running
+
+
+def _run(*args: str, stdin: bytes = b"", env: dict | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "serving.client", *args], cwd=ROOT, input=stdin, capture_output=True,
+                          env=env, timeout=60, check=False)
+
+
+def test_streams_text_then_one_line_of_numbers(server):
+    # A terminal without a Unicode locale must not break Chinese either.
+    done = _run(f"--address={server.address}", "--prompt=你好", "--max_tokens=5", "--temperature=0",
+                env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == "你好你好你\n"
+    line, = done.stderr.decode().splitlines()
+    assert line.startswith("[length; 5 tokens; first after ") and line.endswith(" tokens/s]")
+
+
+def test_json_is_one_object(server):
+    done = _run(f"--address={server.address}", "--prompt=-", "--max_tokens=4", "--json", stdin="é\n".encode())
+    answer = json.loads(done.stdout)
+    assert answer.pop("time_to_first_token_s") > 0 and answer.pop("tokens_per_second") > 0
+    assert answer == {"text": "é\né\n", "token_ids": [236, 13, 236, 13], "logprobs": [-0.5] * 4,
+                      "finish_reason": "length", "prompt_tokens": 3, "completion_tokens": 4}
+    assert done.stderr == b""
+
+
+def test_jetstream_flag(server, capfd):
+    assert client.main([f"--address={server.address}", "--prompt=ab", "--max_tokens=4", "--jetstream"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "abab\n" and err.startswith("[end of stream; 4 tokens;")
+    assert client.main([f"--address={server.address}", "--prompt=ab", "--jetstream", "--top_k=5"]) == 2
+    assert "no field for --top_k" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--address=127.0.0.1:1", "--prompt=x"], "error: no server at 127.0.0.1:1"),
+    (["--prompt=x", "--temperature=-1"], "temperature must be"),
+    (["--prompt=x", "--seed=-1"], "can't be sent"),
+    (["--prompt=x", "--max_tokens=9000", "--timeout=0.2"], "DEADLINE_EXCEEDED"),
+])
+def test_errors_are_one_line(server, args, said, monkeypatch, capfd):
+    monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 0.3)
+    assert client.main([f"--address={server.address}", *args]) == 2
+    line, = capfd.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_standard_input_that_is_not_utf8(server):
+    done = _run(f"--address={server.address}", "--prompt=-", stdin=b"ab\xff")
+    assert (done.returncode, done.stderr) == (2, b"error: standard input is not UTF-8 (byte 2)\n")
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(server):
+    command = f"{sys.executable} -m serving.client --address={server.address} --prompt=ab --max_tokens=3000 | head -c 3"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=60,
+                          check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"aba", b"")
+
+
+def test_the_client_needs_no_jax():
+    program = "import sys, serving.client; assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -1,0 +1,231 @@
+"""A real engine behind the door: a small model of random weights, over real sockets."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+
+import grpc
+import jax
+import pytest
+
+from llm_jax.data.tokenizer_training import train_tokenizer
+from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.generation import complete
+from llm_jax.inference.request import SamplingParams
+from llm_jax.inference.service import Service
+from llm_jax.models import Decoder, ModelConfig, init_params
+from serving.client import Client
+from tests.serving.doubles import ForeignStub, RunningServer, wait_until
+
+MAX_ROWS, MAX_QUEUE, MAX_CONTEXT = 4, 4, 512
+PROMPTS = ["def main(", "", "你好，世界", "import os\nimport sys\n" * 8, "🙂", "x = 1", "class A:", "return None"]
+
+
+@pytest.fixture(scope="module")
+def service():
+    tokenizer = train_tokenizer(["def main():\n    return 你好\n", "import os, sys\n"] * 20, 320)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2,
+                         head_dim=8, mlp_dim=64, max_context=MAX_CONTEXT)
+    params = jax.jit(lambda key: init_params(Decoder(config), key))(jax.random.key(3))
+    options = EngineConfig(max_rows=MAX_ROWS, prefill_rows=1, chunk=16, page_size=8, num_pages=256, dtype="float32")
+    engine = Engine(config, params, options)
+    engine.compile()
+    service = Service(engine, tokenizer, max_queue=MAX_QUEUE)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def server(service):
+    running = RunningServer(service)
+    yield running
+    # Stop the door alone: draining would end the engine that the next test uses.
+    service.begin_drain = lambda: None
+    try:
+        running.run(running.server.stop(0))
+    finally:
+        del service.begin_drain
+        running.end()
+    assert wait_until(lambda: service.stats()["pages_used"] == 0)
+
+
+@pytest.fixture
+def channel(server):
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel):
+    return ForeignStub(channel)
+
+
+@pytest.fixture
+def slow_steps(service, monkeypatch):
+    """Makes each step take a tenth of a second, so that a test can tell them apart; gives the steps begun so far."""
+    run, begun = service.engine.run, []
+
+    def slow(plan, params):
+        begun.append(plan)
+        time.sleep(0.1)
+        return run(plan, params)
+
+    monkeypatch.setattr(service.engine, "run", slow)
+    return begun
+
+
+def _expected(service, prompt, **fields):
+    ids = service.encode(prompt) if isinstance(prompt, str) else prompt
+    answer, = complete(service, [ids], [SamplingParams(**fields)])
+    return answer
+
+
+def _collect(responses):
+    samples = [r.stream_content.samples[0] for r in responses]  # raises for a message without samples
+    return "".join(s.text for s in samples), tuple(i for s in samples for i in s.token_ids)
+
+
+def test_a_foreign_stub_completes_a_decode(service, stub):
+    assert stub.is_live()
+    for prompt in PROMPTS:
+        expected = _expected(service, prompt, max_tokens=24)
+        text, token_ids = _collect(stub.Decode(stub.text_request(prompt, max_tokens=24)))
+        assert (text, token_ids) == (expected.text, expected.token_ids)
+        assert text == service.tokenizer.decode(token_ids)  # however it was cut up: no character was split
+        text, token_ids = _collect(stub.Decode(stub.token_request(service.encode(prompt, add_bos=False),
+                                                                  max_tokens=24)))
+        assert (text, token_ids) == ("", expected.token_ids)
+
+
+def test_requests_sent_together_answer_as_alone(service, server, stub):
+    expected = [_expected(service, prompt, max_tokens=10 + 3 * i) for i, prompt in enumerate(PROMPTS[:MAX_ROWS])]
+    with concurrent.futures.ThreadPoolExecutor(MAX_ROWS) as pool:
+        answers = list(pool.map(lambda i: _collect(stub.Decode(stub.text_request(PROMPTS[i], max_tokens=10 + 3 * i))),
+                                range(MAX_ROWS)))
+    assert answers == [(e.text, e.token_ids) for e in expected]
+
+
+def test_sampled_requests_answer_as_in_process(service, server):
+    fields = {"max_tokens": 20, "temperature": 0.9, "top_k": 30, "top_p": 0.8, "seed": 11, "ignore_eos": True}
+    with Client(server.address) as client:
+        chunks = list(client.generate("def main(", num_samples=3, logprobs=True, **fields))
+    for sample in range(3):
+        mine = [c for c in chunks if c.sample == sample]
+        expected = _expected(service, "def main(", sample=sample, **fields)
+        assert tuple(i for c in mine for i in c.token_ids) == expected.token_ids
+        assert "".join(c.text for c in mine) == expected.text
+        assert [p for c in mine for p in c.logprobs] == pytest.approx(expected.logprobs, abs=1e-5)
+        assert (mine[-1].finish_reason, mine[-1].completion_tokens) == ("length", 20)
+
+
+def test_stop_strings_end_the_text_before_them(service, server):
+    whole = _expected(service, "def main(", max_tokens=40, ignore_eos=True).text
+    stop = whole[12:15]
+    with Client(server.address) as client:
+        chunks = list(client.generate("def main(", max_tokens=40, ignore_eos=True, stop=[stop]))
+    assert "".join(c.text for c in chunks) == whole[:whole.index(stop)]
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_nothing_compiles_after_ready(service, server, stub):
+    compiles = []
+
+    def listen(event: str, _seconds: float, **_rest) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiles.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x + 17)(3)
+    assert compiles, "the counter counts"
+    compiles.clear()
+    with Client(server.address) as client:
+        for fields in ({}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_p": 0.3},
+                       {"seed": 5, "temperature": 2.0}, {"stop": ["zz"]}, {"ignore_eos": True}, {"logprobs": True}):
+            for prompt in PROMPTS:
+                list(client.generate(prompt, max_tokens=5, **fields))
+    _collect(stub.Decode(stub.text_request("ab", max_tokens=5, num_samples=MAX_ROWS)))
+    assert not compiles
+
+
+@pytest.mark.parametrize("leave", ["cancel", "deadline", "disconnect"])
+def test_a_client_that_goes_away_frees_its_pages_before_the_second_step(service, server, slow_steps, leave):
+    channel = grpc.insecure_channel(server.address)
+    stub = ForeignStub(channel)
+    call = stub.Decode(stub.text_request("import os", max_tokens=400, num_samples=2),
+                       timeout=1.55 if leave == "deadline" else None)
+    next(call)
+    assert service.stats()["pages_used"] > 0
+    if leave == "deadline":
+        with pytest.raises(grpc.RpcError):
+            list(call)
+    elif leave == "cancel":
+        call.cancel()
+    else:
+        channel.close()
+    begun = len(slow_steps)
+    assert wait_until(lambda: service.stats()["pages_used"] == 0)
+    assert len(slow_steps) - begun <= 1
+    channel.close()
+
+
+def test_the_others_go_on_when_a_client_goes_away(service, stub):
+    expected = _expected(service, "你好", max_tokens=200).token_ids
+    leaving = stub.Decode(stub.text_request("import os", max_tokens=400))
+    staying = stub.Decode(stub.text_request("你好", max_tokens=200))
+    next(leaving)
+    leaving.cancel()
+    assert _collect(staying)[1] == expected
+
+
+def test_a_full_queue_is_resource_exhausted(service, stub, slow_steps):
+    calls = [stub.Decode(stub.text_request("import os", max_tokens=400)) for _ in range(MAX_ROWS)]
+    assert wait_until(lambda: service.stats()["running"] == MAX_ROWS)
+    calls += [stub.Decode(stub.text_request("import os", max_tokens=400)) for _ in range(MAX_QUEUE)]
+    assert wait_until(lambda: service.stats()["waiting"] == MAX_QUEUE)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stub.Decode(stub.text_request("import os", max_tokens=400)))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    for call in calls:
+        call.cancel()
+    assert wait_until(lambda: service.stats()["pages_used"] == service.stats()["waiting"] == 0)
+    assert _collect(stub.Decode(stub.text_request("import os", max_tokens=2)))[1]
+
+
+def test_a_prompt_that_cannot_fit_is_refused_with_the_limit(service, stub):
+    for request in (stub.text_request("é🙂" * MAX_CONTEXT, max_tokens=1), stub.text_request("é" * 20_000),
+                    stub.token_request([5] * MAX_CONTEXT, has_bos=True, max_tokens=1)):
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Decode(request))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert str(MAX_CONTEXT - 1) in caught.value.details()
+    assert _collect(stub.Decode(stub.token_request([5] * (MAX_CONTEXT - 1), has_bos=True)))[1]
+
+
+def test_tokens_outside_the_vocabulary_are_refused(service, stub):
+    for bad in (-1, service.tokenizer.vocab_size, 2**31 - 1):
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Decode(stub.token_request([5, bad], max_tokens=1)))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert str(bad) in caught.value.details()
+
+
+def test_a_failed_step_ends_its_requests_and_nothing_else(service, stub, monkeypatch):
+    run, fail = service.engine.run, threading.Event()
+
+    def faulty(plan, params):
+        if fail.is_set():
+            fail.clear()
+            raise RuntimeError("the device stumbled")
+        return run(plan, params)
+
+    monkeypatch.setattr(service.engine, "run", faulty)
+    expected = _expected(service, "x = 1", max_tokens=12).token_ids
+    fail.set()
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Decode(stub.text_request("x = 1", max_tokens=12)))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert "the device stumbled" in caught.value.details()
+    assert stub.is_live()
+    assert _collect(stub.Decode(stub.text_request("x = 1", max_tokens=12)))[1] == expected
