@@ -59,8 +59,8 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
             raise UserError(f"{run_dir} does not say what it was trained on: give --data_dir or --text")
         manifest = load_manifest(folder, verify=False)
         if data_dir is None and manifest["data_hash"] != run.manifest.get("data_hash"):
-            raise UserError(f"{folder} is no longer the corpus that {run_dir} was trained on; give --data_dir to use it "
-                            "all the same")
+            raise UserError(f"{folder} is no longer the corpus that {run_dir} was trained on; give --data_dir to use "
+                            "it all the same")
         documents, report["split"] = read_documents(folder, split), split
         if split == "validation" and not max_batches:
             report["unigram_bits_per_byte"] = manifest.get("unigram_bits_per_byte")

@@ -60,7 +60,10 @@ class Run:
     @functools.cached_property
     def params(self) -> Any:
         """The parameters of the latest checkpoint: float32, stacked layout, on the first device."""
-        return self.load_params()
+        import jax
+
+        with jax.ensure_compile_time_eval():  # whoever asks first may be inside a jit, and this is kept
+            return self.load_params()
 
     def load_params(self, dtype: str | None = None) -> Any:
         """Reads the latest parameters, cast to `dtype` while they are read (None: as they were saved).
@@ -127,12 +130,12 @@ class Run:
         return self.complete(prompt, max_tokens=max_tokens, temperature=temperature, **sampling).text
 
     def complete(self, prompt: str, **sampling: Any) -> Any:
-        """As `generate`, with tokens, log-probabilities, finish reason and counts: an `inference.generation.Completion`."""
+        """As `generate`, with tokens, log-probabilities and counts: an `inference.generation.Completion`."""
         from llm_jax.inference.generation import complete
         from llm_jax.inference.request import SamplingParams
 
-        service = self._service
-        return complete(service, [service.encode(prompt)], [SamplingParams(**sampling)])[0]
+        params = SamplingParams(**sampling)  # first: it may be refused, and the engine takes seconds to make
+        return complete(self._service, [self._service.encode(prompt)], [params])[0]
 
     @functools.cached_property
     def _service(self) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.errors import UserError
 from llm_jax.inference import memory
 from llm_jax.inference.batch import Geometry, StepBatch, StepShape, build, choose_shape
 from llm_jax.inference.request import SamplingParams
@@ -48,7 +49,7 @@ class EngineConfig:
         for name in ("max_rows", "prefill_rows", "chunk", "page_size", "num_pages", "max_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise memory.UserError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name} must be at least 1, not {value}")
 
 
 def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
@@ -82,7 +83,7 @@ def serving_step(model: Decoder, params: Any, pools: Pools, batch: StepBatch) ->
 class Engine:
     """Weights and pools on the device, and `run`, which carries out one plan."""
 
-    def __init__(self, config: ModelConfig, params: Any, options: EngineConfig = EngineConfig(), *,
+    def __init__(self, config: ModelConfig, params: Any, options: EngineConfig, *,
                  available_bytes: int | None = None):
         """Lays out weights and pools; `compile` must be called before `run`.
 
@@ -99,7 +100,7 @@ class Engine:
         self.dtype = options.dtype or default_dtype()
         self.max_context = options.max_context or config.max_context
         if self.max_context > config.max_context:
-            raise memory.UserError(f"max_context={self.max_context} is more than the model's {config.max_context}")
+            raise UserError(f"max_context={self.max_context} is more than the model's {config.max_context}")
         self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False))
         self.params = _serving_params(params, self.dtype)
         self.shapes = step_shapes(options)

@@ -63,13 +63,13 @@ class Service:
         self._thread.start()
 
     @classmethod
-    def from_run(cls, run_dir: str, options: EngineConfig = EngineConfig(), *, max_queue: int = 256,
+    def from_run(cls, run_dir: str, options: EngineConfig | None = None, *, max_queue: int = 256,
                  on_event: Callable[[str], None] = lambda line: None) -> Service:
         """Loads a run directory and compiles everything; ready when it returns.
 
         Args:
           run_dir: the run directory; it may be read-only.
-          options: the engine's layout.
+          options: the engine's layout; None takes the defaults.
           max_queue: most requests that may wait.
           on_event: receives lines of progress.
         Raises:
@@ -79,7 +79,7 @@ class Service:
 
         began = time.perf_counter()
         compile_cache.enable_compile_cache()
-        engine, tokenizer = runs.load(run_dir).engine(options)
+        engine, tokenizer = runs.load(run_dir).engine(options or EngineConfig())
         g = engine.geometry
         on_event(f"loaded {run_dir}: {engine.config.num_params():,} parameters in {engine.dtype}, cache of "
                  f"{g.num_pages} pages of {g.page_size} tokens ({time.perf_counter() - began:.1f} s)")

@@ -17,7 +17,7 @@ OPTIONS = EngineConfig(max_rows=12, prefill_rows=3, chunk=8, page_size=4, num_pa
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer(["for i in range(10):\n    print(i)\n" * 5, "满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？\n" * 5], 360)
+    return train_tokenizer(["for i in range(10):\n    print(i)\n" * 5, "满纸荒唐言，一把辛酸泪。\n" * 5], 360)
 
 
 @pytest.fixture(scope="session")

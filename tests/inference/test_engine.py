@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.errors import UserError
 from llm_jax.inference import memory
 from llm_jax.inference.batch import StepShape, build, choose_shape
 from llm_jax.inference.engine import Engine, EngineConfig, step_shapes
@@ -88,7 +89,7 @@ def test_the_smallest_shape_that_holds_a_plan_is_taken():
 
 
 def test_a_context_longer_than_the_model_is_refused(config, params):
-    with pytest.raises(memory.UserError, match="97 is more than the model's 96"):
+    with pytest.raises(UserError, match="97 is more than the model's 96"):
         Engine(config, params, EngineConfig(max_context=97))
 
 
@@ -108,13 +109,13 @@ class TestMemory:
         assert self.plan(1000 * self.PAGE, requested=500) == 500
 
     def test_what_does_not_fit_is_refused(self):
-        with pytest.raises(memory.UserError, match="does not fit: 4 pages"):
+        with pytest.raises(UserError, match="does not fit: 4 pages"):
             self.plan(4 * self.PAGE - 1)
-        with pytest.raises(memory.UserError, match="num_pages=3"):
+        with pytest.raises(UserError, match="num_pages=3"):
             self.plan(1000 * self.PAGE, requested=3)
-        with pytest.raises(memory.UserError, match="does not fit: 500 pages"):
+        with pytest.raises(UserError, match="does not fit: 500 pages"):
             self.plan(400 * self.PAGE, requested=500)
-        with pytest.raises(memory.UserError, match="weights need"):
+        with pytest.raises(UserError, match="weights need"):
             memory.check_weights_fit(self.CONFIG, 4, 1000)
 
     def test_free_memory_is_known_here(self):
@@ -122,6 +123,6 @@ class TestMemory:
 
 
 def test_options_are_checked():
-    with pytest.raises(memory.UserError, match="chunk"):
+    with pytest.raises(UserError, match="chunk"):
         EngineConfig(chunk=0)
     assert OPTIONS.num_pages == 120

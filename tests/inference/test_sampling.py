@@ -17,9 +17,11 @@ draw = jax.jit(sample)
 
 def batch(rows=R, temperature=1.0, top_k=0, top_p=1.0, seed=7, number=0, positions=None):
     """Every row asks for the same, each at a position of its own."""
-    full = np.full
+    def full(value, dtype):
+        return np.full(rows, value, dtype)
+
     keys = [row_key(seed, number, position) for position in (range(rows) if positions is None else positions)]
-    return SamplingBatch(full(rows, temperature, np.float32), full(rows, top_k, np.int32), full(rows, top_p, np.float32),
+    return SamplingBatch(full(temperature, np.float32), full(top_k, np.int32), full(top_p, np.float32),
                          np.array(keys, np.uint32))
 
 

@@ -40,7 +40,7 @@ def check_invariants(s: Scheduler, plan) -> None:
 
 def finish_step(s: Scheduler, plan, finished: list[int]) -> None:
     s.commit(plan, {c.sequence.id: 1 for c in plan})
-    assert s.wasted_slots() < len(s.running) * s.pool.page_size + (not s.running), "a page a request, or more, is wasted"
+    assert s.wasted_slots() < len(s.running) * s.pool.page_size + (not s.running), "a page a request is wasted"
     for q in list(s.running):
         if q.num_generated >= q.max_tokens:
             s.remove(q)
