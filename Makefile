@@ -1,0 +1,52 @@
+# make help says what there is. Needs make, sh, and Python 3.11 or newer; everything else is installed into $(VENV).
+
+VENV ?= .venv
+PYTHON ?=
+BACKEND ?=
+export VENV PYTHON BACKEND
+
+# Settings of the quickstart; ARGS goes to experiments.quickstart as it is.
+CORPUS =
+RUN_DIR =
+DATA_DIR =
+NUM_STEPS =
+ARGS =
+
+# A worker per core; a file's tests stay together, so that its fixtures are made once.
+PYTEST_ARGS ?= -n auto --dist loadfile
+
+py := $(VENV)/bin/python
+flag = $(if $($(1)),'--$(2)=$($(1))')
+
+.PHONY: help quickstart test lint typecheck venv venv-dev clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@echo "make TARGET [BACKEND=cpu|tpu|cuda] [PYTHON=python3.12] [VENV=.venv]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1 — /p' Makefile
+	@echo
+	@echo "  your own text:  make quickstart CORPUS=/a/folder RUN_DIR=runs/mine DATA_DIR=data/mine [NUM_STEPS=1000]"
+
+quickstart: venv ## from a folder of text to a served model: prepare, train, evaluate, serve, ask
+	@$(py) -m experiments.quickstart $(call flag,CORPUS,corpus) $(call flag,RUN_DIR,run_dir) \
+	  $(call flag,DATA_DIR,data_dir) $(call flag,NUM_STEPS,num_steps) $(ARGS)
+
+test: lint typecheck ## lint, type check and the whole test suite
+	@$(py) -m pytest $(PYTEST_ARGS)
+
+lint: venv-dev ## ruff
+	@$(py) -m ruff check .
+
+typecheck: venv-dev ## mypy
+	@$(py) -m mypy
+
+venv: ## the environment of requirements.txt, in $(VENV)
+	@sh tools/venv.sh run
+
+venv-dev: ## the same with the tools of requirements-dev.txt
+	@sh tools/venv.sh dev
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
