@@ -1,0 +1,94 @@
+"""Tokens per second of the serving engine, alone and full, at short and long live contexts.
+
+    python -m benchmarks.engine_speed                      # 9.3 M parameters, any machine
+    python -m benchmarks.engine_speed --model=llama3_1b    # for a GPU or TPU
+
+The weights are random: speed does not depend on them. Each case is measured in several rounds, in turn, so that what
+else the machine does falls on all alike; medians are printed, with the spread and the process's own CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from llm_jax import compile_cache, models
+from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.pages import PagePool
+from llm_jax.inference.scheduler import Scheduler, Sequence
+from llm_jax.models import Decoder, Execution, ModelConfig
+
+MODELS = {
+    "9m": ModelConfig(vocab_size=8192, num_layers=6, embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=32,
+                      mlp_dim=768, max_context=4096),
+    "88m": ModelConfig(vocab_size=8192, num_layers=12, embed_dim=768, num_heads=12, num_kv_heads=4, head_dim=64,
+                       mlp_dim=2048, max_context=4096),
+    "llama3_1b": ModelConfig(vocab_size=128256, num_layers=16, embed_dim=2048, num_heads=32, num_kv_heads=8,
+                             head_dim=64, mlp_dim=8192, max_context=4096, rope_theta=500000.0, tie_embeddings=True),
+}
+
+
+def decode(engine: Engine, rows: int, context: int, steps: int) -> tuple[float, float, float]:
+    """(prompt tokens/s, decoded tokens/s, CPU seconds per second) of `rows` sequences of about `context` tokens."""
+    g, o = engine.geometry, engine.options
+    scheduler = Scheduler(PagePool(g.num_pages, g.page_size), max_rows=o.max_rows, prefill_rows=o.prefill_rows,
+                          chunk=o.chunk, max_context=engine.max_context, max_queue=rows)
+    rng = np.random.default_rng(0)
+    for i in range(rows):
+        prompt = rng.integers(0, engine.config.vocab_size, context - steps).tolist()
+        scheduler.add(Sequence(i, prompt, len(prompt), steps))
+    times = {True: [0.0, 0], False: [0.0, 0]}
+    cpu, began = time.process_time(), time.perf_counter()
+    while plan := scheduler.schedule():
+        at = time.perf_counter()
+        drawn = engine.run(plan, {})
+        bucket = times[bool(plan.prefill)]
+        bucket[0] += time.perf_counter() - at
+        bucket[1] += sum(c.count for c in plan)
+        scheduler.commit(plan, {i: token for i, (token, _) in drawn.items()})
+        for s in list(scheduler.running):
+            if s.num_generated >= steps:
+                scheduler.remove(s)
+    share = (time.process_time() - cpu) / (time.perf_counter() - began)
+    return times[True][1] / times[True][0], times[False][1] / times[False][0], share
+
+
+def main() -> None:
+    """Measures and prints a table, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="9m")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32, help="tokens decoded a sequence")
+    arguments = parser.parse_args()
+    compile_cache.enable_compile_cache()
+    config = MODELS[arguments.model]
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    make = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), models.init_params(
+        Decoder(config, Execution()), key)))
+    engine = Engine(config, make(jax.random.key(0)), EngineConfig(num_pages=32 * 1024 // 16 + 4096 // 16, dtype=dtype))
+    seconds = engine.compile()
+    device = jax.devices()[0].device_kind
+    print(f"{config.num_params() / 1e6:.1f} M parameters, {engine.dtype}, {device}, jax {jax.__version__}; "
+          f"compiled in {seconds:.1f} s")
+    cases = [(1, 128), (1, 1024), (1, 4096), (8, 128), (8, 1024), (32, 128), (32, 1024)]
+    results: dict[tuple[int, int], list] = {case: [] for case in cases}
+    for _ in range(arguments.rounds):
+        for case in cases:
+            results[case].append(decode(engine, *case, arguments.steps))
+    print(f"{'rows':>5} {'context':>8} {'prompt tok/s':>13} {'decode tok/s':>13} {'spread':>8} {'cpu':>5}")
+    table = {}
+    for (rows, context), rounds in results.items():
+        prompt, decoded, cpu = (statistics.median(r[i] for r in rounds) for i in range(3))
+        spread = (max(r[1] for r in rounds) - min(r[1] for r in rounds)) / decoded
+        print(f"{rows:5d} {context:8d} {prompt:13,.0f} {decoded:13,.0f} {spread:8.0%} {cpu:5.1f}")
+        table[f"{rows}x{context}"] = round(decoded, 1)
+    print(json.dumps({"model": arguments.model, "device": device, "decode_tokens_per_second": table}))
+
+
+if __name__ == "__main__":
+    main()
