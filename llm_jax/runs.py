@@ -16,11 +16,11 @@ import json
 import os
 import platform
 import subprocess
-import uuid
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from llm_jax import storage
 from llm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -188,11 +188,11 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
     directory = epath.Path(run_dir)
     try:
         (directory / LOGS).mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / "tokenizer.model", epath.Path(tokenizer_path).read_bytes())
-        write_atomic(directory / CONFIG, config_gin.encode())
-        write_atomic(directory / MANIFEST, _to_json(environment() | manifest))
+        storage.write_atomically(directory / "tokenizer.model", epath.Path(tokenizer_path).read_bytes())
+        storage.write_atomically(directory / CONFIG, config_gin.encode())
+        storage.write_atomically(directory / MANIFEST, _to_json(environment() | manifest))
         # Last: a directory with a model.json is a run directory.
-        write_atomic(directory / MODEL, _to_json(config.to_dict()))
+        storage.write_atomically(directory / MODEL, _to_json(config.to_dict()))
     except OSError as error:
         raise UserError(f"cannot write the run directory {directory}: {error.strerror or error}") from error
     return directory
@@ -201,7 +201,7 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
 def update_manifest(run_dir: epath.PathLike, **fields: Any) -> None:
     """Sets top-level fields of the manifest, atomically."""
     path = epath.Path(run_dir) / MANIFEST
-    write_atomic(path, _to_json(_read_json(path) | fields))
+    storage.write_atomically(path, _to_json(_read_json(path) | fields))
 
 
 def environment() -> dict[str, Any]:
@@ -214,16 +214,6 @@ def environment() -> dict[str, Any]:
             continue
     return {"git_revision": _git_revision(), "python": platform.python_version(), "platform": platform.platform(),
             "packages": versions}
-
-
-def write_atomic(path: epath.Path, content: bytes) -> None:
-    """Writes under a temporary name and renames, so that a reader sees the old file or the new one."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_json(value: Any) -> bytes:

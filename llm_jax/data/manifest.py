@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 
-from llm_jax.data import storage
+from llm_jax import storage
 from llm_jax.errors import UserError
 
 FILE_NAME = "manifest.json"

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from llm_jax import storage
 from llm_jax.data import corpus as corpora
 from llm_jax.data import manifest as manifests
-from llm_jax.data import shards, splits, spool, storage, summary, tokenizer_training, workers
+from llm_jax.data import shards, splits, spool, summary, tokenizer_training, workers
 from llm_jax.data import tokenizer as tokenizers
 from llm_jax.errors import UserError
 

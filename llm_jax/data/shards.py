@@ -10,7 +10,8 @@ import os
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from llm_jax.data import spool, storage
+from llm_jax import storage
+from llm_jax.data import spool
 from llm_jax.data.splits import SPLITS
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import UserError

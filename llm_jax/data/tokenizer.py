@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import sentencepiece
 
-from llm_jax.data import storage
+from llm_jax import storage
 from llm_jax.errors import UserError
 
 FILE_NAME = "tokenizer.model"

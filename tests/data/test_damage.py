@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
+from llm_jax import storage
 from llm_jax.data import manifest as manifests
-from llm_jax.data import storage
 from llm_jax.data.documents import DocumentStore, read_documents
 from llm_jax.data.loader import DataConfig, TrainLoader
 from llm_jax.data.manifest import load_manifest
