@@ -1,0 +1,228 @@
+"""Checkpoints in a run directory: written in the background, kept by policy, restored onto any mesh.
+
+One checkpoint is a folder named by its step with four items: `params` (alone, so that serving reads nothing else),
+`state` (the optimizer, step and rng), `data` (the data iterator's state, one integer) and `extra` (small JSON facts).
+A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from llm_jax.errors import UserError
+
+_PARAMS = "params"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 3, keep_every: int | None = None, save_every: int = 1,
+                 read_only: bool = False):
+        """Opens a folder of checkpoints.
+
+        Args:
+          directory: the run's `checkpoints` folder, local or in a bucket; made if it isn't there (unless read_only).
+          keep: how many of the latest are kept.
+          keep_every: steps whose multiples are kept for good as well; None keeps none.
+          save_every: `save` does something at the multiples of this number of steps only, unless forced.
+          read_only: nothing is ever written or removed, temporary folders included.
+
+        Raises:
+          UserError: the folder is not there, or can't be made or written.
+        """
+        # Imported here: it takes a second, which a finished run or a --help should not pay.
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
+        if keep < 1 or save_every < 1:
+            raise UserError(f"a run keeps at least one checkpoint and saves at most every step: keep={keep}, "
+                            f"save_every={save_every}")
+        self._ocp = ocp
+        # Orbax writes to absolute paths only; a bucket's address is one.
+        location = epath.Path(directory)
+        self.directory = location if "://" in str(directory) else epath.Path(location.expanduser().absolute())
+        self.read_only = read_only
+        if read_only and not self.directory.is_dir():
+            raise UserError(f"no checkpoints at {self.directory}: is it a run directory?")
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        handlers = {"params": ocp.StandardCheckpointHandler(), "state": ocp.StandardCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        try:
+            with _quiet() if read_only else contextlib.nullcontext():
+                options = ocp.CheckpointManagerOptions(
+                    save_decision_policy=checkpoint_managers.FixedIntervalPolicy(save_every),
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                    enable_async_checkpointing=not read_only,
+                )
+                self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        except OSError as error:
+            raise UserError(f"can't write checkpoints to {self.directory}: {error.strerror or error}") from error
+
+    def latest_step(self) -> int | None:
+        """The step of the latest complete checkpoint, or None if there is none."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: dict[str, Any], data_state: int, extra: dict[str, Any] | None = None,
+             force: bool = False) -> bool:
+        """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
+
+        Args:
+          step: its name; one that is already saved is left as it is.
+          state: a dict of pytrees of arrays with a "params" entry.
+          data_state: batches consumed.
+          extra: facts that JSON can hold.
+          force: save whatever the policy says of this step.
+
+        Returns:
+          Whether a checkpoint was begun.
+        """
+        if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
+            return False
+        args = self._ocp.args
+        items = {"params": args.StandardSave(state[_PARAMS]), "data": args.JsonSave({"batches": int(data_state)}),
+                 "extra": args.JsonSave(extra or {})}
+        if rest := _without_params(state):
+            items["state"] = args.StandardSave(rest)
+        return self._manager.save(step, force=force, args=args.Composite(**items))
+
+    def restore(self, abstract_state: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], int, dict]:
+        """Reads a whole checkpoint.
+
+        Args:
+          abstract_state: what `save` was given, with `jax.ShapeDtypeStruct`s (their shardings decide where arrays go;
+            the mesh may be another than the one that saved).
+          step: None for the latest.
+
+        Returns:
+          (state, data_state, extra) as they were saved.
+
+        Raises:
+          UserError: no such checkpoint, one that can't be read, or one whose arrays have other names or shapes.
+        """
+        step = self._step(step)
+        args = self._ocp.args
+        self._check(step, _PARAMS, abstract_state[_PARAMS])
+        items = {"params": args.StandardRestore(abstract_state[_PARAMS]), "data": args.JsonRestore(),
+                 "extra": args.JsonRestore()}
+        if rest := _without_params(abstract_state):
+            self._check(step, "state", rest)
+            items["state"] = args.StandardRestore(rest)
+        restored = self._read(step, lambda: self._manager.restore(step, args=args.Composite(**items)))
+        state = {_PARAMS: restored["params"], **(restored["state"] if rest else {})}
+        return state, int(restored["data"]["batches"]), restored["extra"]
+
+    def restore_params(self, abstract_params: Any = None, step: int | None = None) -> Any:
+        """Reads the parameters alone; nothing is written, so the directory may be read-only.
+
+        Args:
+          abstract_params: tree of `jax.ShapeDtypeStruct`; with shardings, arrays go where those say; without, each
+            goes whole to the first device. None takes names and shapes from the checkpoint.
+          step: None for the latest.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        step = self._step(step)
+        if abstract_params is None:
+            abstract_params = self._saved_shapes(step, _PARAMS)
+        self._check(step, _PARAMS, abstract_params)
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or one_device), abstract_params)
+        args = self._ocp.args
+        restored = self._read(step, lambda: self._manager.restore(step, args=args.Composite(
+            params=args.StandardRestore(target))))
+        return restored["params"]
+
+    def wait(self) -> None:
+        """Returns when everything that `save` began is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the background threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _step(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no complete checkpoint in {self.directory}")
+        if step is not None and step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
+        return steps[-1] if step is None else step
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            others = [other for other in self.steps() if other != step]
+            hint = f"remove it to use that of step {others[-1]}" if others else "there is no other"
+            raise UserError(f"checkpoint {self.directory / str(step)} can't be read, it is damaged or incomplete "
+                            f"({reason[:300]}); {hint}") from error
+
+    def _saved_shapes(self, step: int, item: str) -> Any:
+        def read() -> Any:
+            metadata = self._manager.item_metadata(step)[item]
+            if metadata is None:
+                raise ValueError(f"{item} has no metadata")
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
+
+        return self._read(step, read)
+
+    def _check(self, step: int, item: str, wanted: Any) -> None:
+        """UserError that names the first array in which the checkpoint differs from `wanted`."""
+        saved, expected = _shapes(self._saved_shapes(step, item)), _shapes(wanted)
+        where = f"checkpoint {self.directory / str(step)} does not fit this model and optimizer: {item}/"
+        for name, shape in expected.items():
+            if name not in saved:
+                raise UserError(f"{where}{name} of shape {shape} is not in it")
+            if saved[name] != shape:
+                raise UserError(f"{where}{name} has shape {saved[name]}, expected {shape}")
+        for name, shape in saved.items():
+            if name not in expected:
+                raise UserError(f"{where}{name} of shape {shape} is in it and has no place here")
+
+
+def _without_params(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != _PARAMS}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape; names are the same for a NamedTuple and for the dict as which a checkpoint stores it."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warnings that a directory opened for reading is read only."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

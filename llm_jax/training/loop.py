@@ -1,0 +1,351 @@
+"""The training loop: from a prepared corpus to a run directory.
+
+One command starts a run, continues it after it was stopped or killed, and says so when it is complete. The loop never
+waits for the step it has just begun: it looks at metrics two steps late, so the device always has the next step queued.
+A non-finite loss is noticed on the device in its own step (see `training.step.update`), so looking late loses nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llm_jax import compile_cache, runs
+from llm_jax.checkpoints import Checkpoints
+from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.data.documents import load_manifest, read_documents
+from llm_jax.data.loader import DataConfig, TrainLoader
+from llm_jax.data.windows import evaluation_windows
+from llm_jax.errors import UserError
+from llm_jax.models import Decoder, Execution, ModelConfig, activation_rules, logical_axes
+from llm_jax.objectives.evaluation import evaluate_loss
+from llm_jax.parallel import distributed
+from llm_jax.parallel import rules as rules_lib
+from llm_jax.parallel.mesh import MeshConfig, make_mesh
+from llm_jax.training import resume
+from llm_jax.training.metrics import Reporter, clock
+from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
+from llm_jax.training.signals import StopRequest, TrainingStopped
+from llm_jax.training.state import TrainState, abstract_state, init_state, state_shardings
+from llm_jax.training.step import ACTIVATION_RULES, check_batch_divides, make_train_step
+
+_LAG = 2  # steps that may be under way before the host looks at their metrics
+_STOP_SYNC_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
+_NAMED_DOCUMENTS = 16  # how many documents of a bad batch the error message names
+
+
+def train(
+    run_dir: str,
+    model: ModelConfig,
+    execution: Execution,
+    data: DataConfig,
+    optimizer: OptimizerConfig,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
+    num_steps: int = 1000,
+    seed: int = 0,
+    gradient_accumulation: int = 1,
+    z_loss: float = 0.0,
+    log_every: int = 10,
+    eval_every: int = 0,
+    eval_batches: int = 16,
+    checkpoint_every: int = 500,
+    keep: int = 2,
+    config_text: str = "",
+) -> dict[str, Any]:
+    """Trains a model, or goes on where the run in `run_dir` stopped.
+
+    Args:
+      run_dir: the run directory, local or in a bucket; made if it isn't there.
+      model: what the model is.
+      execution: how it is run.
+      data: where the batches come from; `data.batch_size` rows make one step.
+      optimizer: how parameters are moved.
+      mesh: the devices.
+      num_steps: updates of the whole run.
+      seed: of the initial parameters and of whatever the model draws.
+      gradient_accumulation: microbatches that a step's rows are cut into; changes memory, not the result.
+      z_loss: see `objectives.next_token`.
+      log_every: steps between two lines of metrics.
+      eval_every: steps between two evaluations on the validation split; 0 evaluates at the start and at the end.
+      eval_batches: batches of each evaluation; 0 takes the whole split.
+      checkpoint_every: steps between two checkpoints; there is one at the end whatever this is.
+      keep: checkpoints that are kept.
+      config_text: the operative Gin configuration, kept in the run directory.
+
+    Returns:
+      The run's metrics, as in its manifest: `start` and `end` (validation loss, perplexity, bits per byte), speed.
+
+    Raises:
+      UserError: anything the caller can put right, among them a loss that is not finite.
+      TrainingStopped: SIGTERM or Ctrl-C; a checkpoint was saved. It is a SystemExit with status 143 or 130.
+    """
+    _check_counts(num_steps=num_steps, log_every=log_every, checkpoint_every=checkpoint_every, keep=keep,
+                  gradient_accumulation=gradient_accumulation)
+    _check_counts(least=0, eval_every=eval_every, eval_batches=eval_batches)
+    data_manifest = load_manifest(data.data_dir, verify=False)
+    settings = resume.decisive_settings(model=model, data=data, data_hash=data_manifest["data_hash"],
+                                        optimizer=optimizer, num_steps=num_steps, seed=seed, z_loss=z_loss)
+    manifest = resume.read_manifest(run_dir)
+    if manifest is not None:
+        resume.check_same(run_dir, manifest.get("settings", {}), settings)
+        if manifest.get("finished_steps", 0) >= num_steps:
+            _say_finished(run_dir, manifest)
+            return manifest["metrics"]
+    resume.check_writable(run_dir)
+
+    distributed.initialize()
+    compile_cache.enable_compile_cache()
+    run = _Run(run_dir, model, execution, data, optimizer, mesh, num_steps, seed, gradient_accumulation, z_loss,
+               eval_batches)
+    with run:
+        run.create(manifest, config_text, settings, data_manifest)
+        with StopRequest() as stop:
+            return run.train(stop, log_every=log_every, eval_every=eval_every or num_steps, keep=keep,
+                             checkpoint_every=checkpoint_every,
+                             unigram_bits_per_byte=data_manifest.get("unigram_bits_per_byte"))
+
+
+class _Run:
+    """What one process holds while it trains."""
+
+    def __init__(self, run_dir: str, config: ModelConfig, execution: Execution, data: DataConfig,
+                 optimizer: OptimizerConfig, mesh: MeshConfig, num_steps: int, seed: int, accumulation: int,
+                 z_loss: float, eval_batches: int):
+        """Checks that the parts fit, in the order of what it costs; nothing is written and nothing compiled."""
+        self.run_dir = epath.Path(run_dir)
+        self.config, self.data, self.num_steps, self.seed = config, data, num_steps, seed
+        self.mesh = make_mesh(mesh)
+        check_batch_divides(data.batch_size, self.mesh, accumulation)
+        self.eval_rows, self.eval_batches = data.batch_size // accumulation, eval_batches
+        self.tokenizer = tokenizer_lib.Tokenizer.load(data.data_dir)
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"ModelConfig.vocab_size={config.vocab_size} is smaller than the tokenizer's "
+                            f"{self.tokenizer.vocab_size} tokens in {data.data_dir}")
+        if data.row_length > config.max_context:
+            raise UserError(f"DataConfig.row_length={data.row_length} is more than ModelConfig.max_context="
+                            f"{config.max_context}")
+        self.schedule = learning_rate_schedule(optimizer, num_steps)
+        self.model = Decoder(config, execution)
+        self.optimizer = make_optimizer(optimizer, num_steps, decay_mask(logical_axes(self.model)))
+        self.shardings = state_shardings(self.model, self.optimizer, self.mesh)
+        self.batch_sharding = rules_lib.batch_sharding(self.mesh)
+        index, count = rules_lib.process_rows(self.batch_sharding, data.batch_size)
+        self.loader = TrainLoader(data, "train", process_index=index, process_count=count)
+        self.train_step = make_train_step(self.model, self.optimizer, self.schedule, self.mesh, self.shardings,
+                                          z_loss=z_loss, accumulation=accumulation)
+        self.checkpoints: Checkpoints | None = None
+        self.reporter: Reporter | None = None
+        self.metrics: dict[str, Any] = {}
+        self._eval_cache: list[dict] = []
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in (self.reporter, self.loader, self.checkpoints):
+            if part is not None:
+                part.close()
+
+    def create(self, found: dict | None, config_text: str, settings: dict, data_manifest: dict) -> None:
+        """Writes the run directory's small files, once, on the lead process; `found` is the manifest that is there."""
+        self.metrics = dict((found or {}).get("metrics", {}))
+        if found is None and distributed.is_lead():
+            manifest = {
+                "settings": settings, "seed": self.seed, "data_dir": str(self.data.data_dir),
+                "data_hash": data_manifest["data_hash"], "mesh": dict(self.mesh.shape), "num_steps": self.num_steps,
+                "devices": f"{self.mesh.size} × {jax.devices()[0].device_kind}", "processes": jax.process_count(),
+                "parameters": self.config.num_params(), "metrics": {}, "finished_steps": 0,
+            }
+            tokenizer_path = epath.Path(self.data.data_dir) / tokenizer_lib.FILE_NAME
+            runs.create(self.run_dir, self.config, tokenizer_path, config_text, manifest)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("run directory")
+
+    def train(self, stop: StopRequest, *, log_every: int, eval_every: int, checkpoint_every: int, keep: int,
+              unigram_bits_per_byte: float | None) -> dict[str, Any]:
+        """Runs the steps that are left; see `train`."""
+        self.checkpoints = Checkpoints(self.run_dir / runs.CHECKPOINTS, keep=keep, save_every=checkpoint_every)
+        state, first, so_far = self._initial_state()
+        self.reporter = Reporter(self.run_dir / runs.LOGS, self.num_steps, first, is_lead=distributed.is_lead(),
+                                 flops_per_token=self.config.flops_per_token(self.data.row_length),
+                                 num_devices=self.mesh.size, tokens=so_far.get("trained_tokens", 0.0),
+                                 seconds=so_far.get("seconds", 0.0), speed=so_far.get("tokens_per_second", 0.0))
+        self._introduce(first)
+        if first == 0:
+            self._record(start=self._evaluate(state, 0), unigram_bits_per_byte=unigram_bits_per_byte)
+        pending: collections.deque[tuple[int, dict]] = collections.deque()
+        began = time.perf_counter()
+
+        def settle(most: int) -> None:
+            """Looks at the oldest steps until at most `most` are under way."""
+            while len(pending) > most:
+                step, metrics = pending.popleft()
+                host = jax.device_get(metrics)
+                if host["first_bad_step"] >= 0:
+                    self._stop_not_finite(int(host["first_bad_step"]), host)
+                self.reporter.step(step, host)
+                if step == first + 1:
+                    self.reporter.say(f"the first step took {time.perf_counter() - began:.1f} s, most of it compiling")
+                elif step % log_every == 0 or step == self.num_steps:
+                    self.reporter.interval(step, host)
+
+        evaluated = None
+        for step in range(first + 1, self.num_steps + 1):
+            state, metrics = self.train_step(state, self._put(next(self.loader)))
+            pending.append((step, metrics))
+            is_stopping = self._agree(stop, step)
+            is_saving = step % checkpoint_every == 0 or step == self.num_steps or is_stopping
+            is_evaluating = (step % eval_every == 0 or step == self.num_steps) and not is_stopping
+            settle(0 if is_saving or is_evaluating else _LAG)
+            paused = time.perf_counter()
+            if is_saving:
+                self.reporter.flush()
+                self.checkpoints.save(step, state.to_checkpoint(), self.loader.state, self.reporter.totals(),
+                                      force=True)
+            if is_evaluating:
+                evaluated = self._evaluate(state, step)
+            if is_saving or is_evaluating:
+                self.reporter.pause(time.perf_counter() - paused)
+            if is_stopping and step < self.num_steps:
+                self.checkpoints.wait()
+                signum = stop.signum or signal.SIGTERM  # another process may have been the one that was asked
+                self.reporter.say(f"{signal.Signals(signum).name}: saved and stopped after step {step} of "
+                                  f"{self.num_steps}; the same command goes on from there")
+                raise TrainingStopped(signum, step)
+        return self._finish(state, evaluated)
+
+    def _initial_state(self) -> tuple[TrainState, int, dict[str, float]]:
+        """A new state, or the latest checkpoint's; the number of updates in it, and the run's totals until then."""
+        if self.checkpoints.latest_step() is None:
+            return init_state(self.model, self.optimizer, self.seed, self.shardings), 0, {}
+        like = abstract_state(self.model, self.optimizer, self.shardings)
+        saved, batches, totals = self.checkpoints.restore(like.to_checkpoint())
+        self.loader.set_state(batches)
+        state = TrainState.from_checkpoint(saved)
+        return state, int(jax.device_get(state.step)), totals
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows as its part of the global batch."""
+        return {name: jax.make_array_from_process_local_data(self.batch_sharding, array)
+                for name, array in batch.items()}
+
+    def _put_whole(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch that every process has whole."""
+        return {name: jax.make_array_from_callback(array.shape, self.batch_sharding, array.__getitem__)
+                for name, array in batch.items()}
+
+    def _validation(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of an evaluation, the same each time; kept if they are few."""
+        if self._eval_cache:
+            yield from self._eval_cache
+            return
+        documents = read_documents(self.data.data_dir, "validation")
+        windows = evaluation_windows(documents, self.data.row_length, self.eval_rows)
+        for number, batch in enumerate(windows, start=1):
+            if self.eval_batches:
+                self._eval_cache.append(batch)
+            yield batch
+            if number == self.eval_batches:
+                return
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        with jax.set_mesh(self.mesh), activation_rules(ACTIVATION_RULES):
+            result = evaluate_loss(self.model, state.params, self._validation(), put=self._put_whole,
+                                   byte_lengths=self.tokenizer.byte_lengths)
+        self.reporter.write("validation", step, result)
+        self.reporter.say(f"step {step}/{self.num_steps}  validation loss {result['loss']:.4f}  ppl "
+                          f"{result['perplexity']:,.1f}  bits per byte {result['bits_per_byte']:.4f}  "
+                          f"({result['tokens']:,} tokens)")
+        return result
+
+    def _agree(self, stop: StopRequest, step: int) -> bool:
+        """Whether to stop after `step`; several processes stop after the same one."""
+        if jax.process_count() == 1:
+            return stop.signum is not None
+        if step % _STOP_SYNC_STEPS:
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.int32(stop.signum is not None)).any())
+
+    def _introduce(self, first: int) -> None:
+        shape = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        idle = len(jax.devices()) - self.mesh.size
+        doing = f"resuming at step {first}" if first else "training"
+        self.reporter.say(f"{doing}: {self.config.num_params() / 1e6:,.1f} M parameters, mesh {shape}, "
+                          f"{self.num_steps - first} steps of {self.data.batch_size} × {self.data.row_length} tokens, "
+                          f"{self.loader.batches_per_epoch} steps an epoch")
+        if idle:
+            self.reporter.say(f"note: {idle} of {len(jax.devices())} devices stay idle; MeshConfig.data=-1 uses all")
+
+    def _record(self, **metrics: Any) -> None:
+        self.metrics |= metrics
+        if distributed.is_lead():
+            runs.update_manifest(self.run_dir, metrics=self.metrics)
+
+    def _stop_not_finite(self, index: int, metrics: dict[str, Any]) -> None:
+        """Names the step, its documents and what to go back to."""
+        self.checkpoints.wait()
+        documents = self.loader.documents(index)
+        last = self.checkpoints.latest_step()
+        good = "there is no checkpoint yet"
+        if last is not None:
+            good = f"the last good checkpoint is {self.run_dir / runs.CHECKPOINTS / str(last)} (step {last})"
+        details = self.run_dir / runs.LOGS / f"not_finite_step_{index + 1}.json"
+        if distributed.is_lead():
+            temporary = details.with_name(details.name + ".tmp")
+            temporary.write_text(json.dumps({"step": index + 1, "batch": index, "documents": documents,
+                                             "sources": self.loader.sources(index)}, indent=1))
+            temporary.replace(details)
+        named = " ".join(documents[:_NAMED_DOCUMENTS])
+        more = f" and {len(documents) - _NAMED_DOCUMENTS} more" if len(documents) > _NAMED_DOCUMENTS else ""
+        raise UserError(f"the loss or its gradient is not finite at step {index + 1} (batch {index}): loss "
+                        f"{float(metrics['loss']):g}, gradient norm {float(metrics['grad_norm']):g}; its documents are "
+                        f"{named}{more} (all in {details}); {good}. The step was not applied")
+
+    def _finish(self, state: TrainState, evaluated: dict[str, float] | None) -> dict[str, Any]:
+        """Waits for the last checkpoint, and only then calls the run finished."""
+        step = int(jax.device_get(state.step))
+        evaluated = evaluated or self._evaluate(state, step)
+        self.checkpoints.wait()
+        self._record(end=evaluated, **self.reporter.totals())
+        if distributed.is_lead():
+            runs.update_manifest(self.run_dir, finished_steps=step)
+        self.reporter.say(_summary(self.metrics))
+        return self.metrics
+
+
+def _check_counts(least: int = 1, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"train.{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    start, end, unigram = metrics.get("start"), metrics.get("end"), metrics.get("unigram_bits_per_byte")
+    if not start or not end:
+        return "no metrics"
+    line = (f"validation loss {start['loss']:.4f} → {end['loss']:.4f} nats per token, bits per byte "
+            f"{start['bits_per_byte']:.4f} → {end['bits_per_byte']:.4f}")
+    if unigram and math.isfinite(unigram):
+        line += f" (a unigram model: {unigram:.4f}, ratio {end['bits_per_byte'] / unigram:.2f})"
+    if metrics.get("seconds"):
+        line += f"; {metrics['tokens_per_second']:,.0f} tokens/s, {clock(metrics['seconds'])} of training"
+    return line
+
+
+def _say_finished(run_dir: str, manifest: dict[str, Any]) -> None:
+    print(f"{run_dir} is complete: {manifest['finished_steps']} steps. {_summary(manifest.get('metrics', {}))}",
+          file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""Runs `train` in a process of its own: python -m tests.training.train_once RUN_DIR DATA_DIR [name=value ...].
+
+`batches=FILE` writes down a hash of every batch as it is handed to the loop; `kill_at=N` kills the process, as
+`kill -9` would, when batch N is asked for and the checkpoints begun before are complete.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+from llm_jax.parallel.mesh import MeshConfig
+from llm_jax.training import loop
+from llm_jax.training.optimizer import OptimizerConfig
+from tests.training.common import settings
+
+
+def recording(path: pathlib.Path, kill_at: int | None = None, complete: pathlib.Path | None = None) -> type:
+    """A TrainLoader that appends one line a batch to `path`, and may kill the process once `complete` exists."""
+
+    class Recording(loop.TrainLoader):
+        def __next__(self) -> Any:
+            if self.state == kill_at:
+                while not complete.exists():
+                    time.sleep(0.02)
+                os.kill(os.getpid(), signal.SIGKILL)
+            number, batch = self.state, super().__next__()
+            digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+            with path.open("a") as file:
+                file.write(f"{number} {digest}\n")
+            return batch
+
+    return Recording
+
+
+def main() -> None:
+    run_dir, data_dir, *rest = sys.argv[1:]
+    options = {name: ast.literal_eval(value) for name, value in (argument.split("=", 1) for argument in rest)}
+    for name, make in (("optimizer", OptimizerConfig), ("mesh", MeshConfig)):
+        if name in options:
+            options[name] = make(**options[name])
+    batches, kill_at = options.pop("batches", None), options.pop("kill_at", None)
+    if batches:
+        every = settings("", data_dir, **options)["checkpoint_every"]
+        complete = pathlib.Path(run_dir, "checkpoints", str((kill_at or 0) // every * every))
+        loop.TrainLoader = recording(pathlib.Path(batches), kill_at, complete)
+    loop.train(**settings(run_dir, data_dir, **options))
+
+
+if __name__ == "__main__":
+    main()
