@@ -156,8 +156,10 @@ class Quickstart:
     def _start(self, module: str, *flags: str, **options: Any) -> subprocess.Popen[str]:
         print(f"$ python -m {module} {' '.join(map(shlex.quote, flags))}".rstrip(), flush=True)
         path = os.pathsep.join(filter(None, [str(gin_reader.ROOT), os.environ.get("PYTHONPATH")]))
-        return subprocess.Popen([sys.executable, "-m", module, *flags], text=True, encoding="utf-8",
-                                env={**os.environ, "PYTHONPATH": path}, **options)
+        # Huge pages for large arrays: a fifth more training speed on a CPU (docs/training.md). Read by glibc alone.
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ | {"PYTHONPATH": path}
+        return subprocess.Popen([sys.executable, "-m", module, *flags], text=True, encoding="utf-8", env=environment,
+                                **options)
 
     def _call(self, module: str, *flags: str, **options: Any) -> str:
         """Runs a script to its end and returns what it printed if that is captured; its failure is ours."""
