@@ -46,7 +46,7 @@ def decode(engine: Engine, rows: int, context: int, steps: int) -> tuple[float, 
     cpu, began = time.process_time(), time.perf_counter()
     while plan := scheduler.schedule():
         at = time.perf_counter()
-        drawn = engine.run(plan, {})
+        drawn = engine.execute(engine.prepare(plan, {}))
         bucket = times[bool(plan.prefill)]
         bucket[0] += time.perf_counter() - at
         bucket[1] += sum(c.count for c in plan)

@@ -63,6 +63,15 @@ def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     return tuple(sorted(shapes))
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedStep:
+    """A step ready to run: its compiled shape, its arrays, and which row draws for which sequence id."""
+
+    shape: StepShape
+    batch: StepBatch
+    sampling: tuple[tuple[int, int], ...]
+
+
 def serving_step(model: Decoder, params: Any, pools: Pools, batch: StepBatch) -> tuple[Pools, jax.Array, jax.Array]:
     """One step: writes the tokens' keys and values, and draws one token a row.
 
@@ -81,11 +90,11 @@ def serving_step(model: Decoder, params: Any, pools: Pools, batch: StepBatch) ->
 
 
 class Engine:
-    """Weights and pools on the device, and `run`, which carries out one plan."""
+    """Weights and pools on the device, and `prepare` and `execute`, which carry out one plan."""
 
     def __init__(self, config: ModelConfig, params: Any, options: EngineConfig, *,
                  available_bytes: int | None = None):
-        """Lays out weights and pools; `compile` must be called before `run`.
+        """Lays out weights and pools; `compile` must be called before `execute`.
 
         Args:
           config: the model's.
@@ -131,18 +140,22 @@ class Engine:
         batch = build(Plan((), ()), shape, self.geometry, {})
         return jax.jit(step, donate_argnums=1).lower(self.params, self.pools, batch)
 
-    def run(self, plan: Plan, params: Mapping[int, SamplingParams]) -> dict[int, tuple[int, float]]:
+    def prepare(self, plan: Plan, params: Mapping[int, SamplingParams]) -> PreparedStep:
+        """The plan as arrays; afterwards its sequences may change, the step is what it was."""
+        shape = choose_shape(plan, self.shapes)
+        rows = [*enumerate(plan.decode), *enumerate(plan.prefill, start=shape.decode_rows)]
+        return PreparedStep(shape, build(plan, shape, self.geometry, params),
+                            tuple((row, c.sequence.id) for row, c in rows if c.samples))
+
+    def execute(self, step: PreparedStep) -> dict[int, tuple[int, float]]:
         """Runs one step; returns (token, log-probability) by sequence id for the chunks that sample.
 
         If the device fails, the pools are lost: call `reset`, after which no sequence is computed any more.
         """
-        shape = choose_shape(plan, self.shapes)
-        batch = build(plan, shape, self.geometry, params)
-        self.pools, token_R, logprob_R = self._steps[shape](self.params, self.pools, batch)
+        self.pools, token_R, logprob_R = self._steps[step.shape](self.params, self.pools, step.batch)
         tokens, logprobs = np.asarray(token_R), np.asarray(logprob_R)
         self.num_steps += 1
-        rows = [*enumerate(plan.decode), *enumerate(plan.prefill, start=shape.decode_rows)]
-        return {c.sequence.id: (int(tokens[row]), float(logprobs[row])) for row, c in rows if c.samples}
+        return {i: (int(tokens[row]), float(logprobs[row])) for row, i in step.sampling}
 
     def reset(self) -> None:
         """Fresh pools, after a step that failed with the old ones donated."""

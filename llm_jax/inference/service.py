@@ -200,7 +200,8 @@ class Service:
                 return
             params = {c.sequence.id: self._requests[c.sequence.id].params for c in plan}
             self._most_rows = max(self._most_rows, len(params))
-        drawn = self.engine.run(plan, params)
+            step = self.engine.prepare(plan, params)  # here: a cancel may take the sequences' pages while it runs
+        drawn = self.engine.execute(step)
         with self._changed:
             self._deliver(plan, drawn)
 

@@ -154,6 +154,44 @@ def test_a_cancelled_request_frees_its_pages_before_the_second_step_after(servic
     assert service.stats()["steps"] <= steps + 1
 
 
+def test_cancelling_at_any_moment_harms_nobody(service, dense_logits):
+    """Requests are cancelled from other threads all the time; those that are not, get what they get alone."""
+    asked = prompts(service, 24)
+    ask = SamplingParams(max_tokens=12, ignore_eos=True)
+    listeners = [Listening() for _ in range(120)]
+    ids = queue.Queue()
+
+    def cancel():
+        rng = np.random.default_rng()
+        while (request := ids.get()) is not None:
+            time.sleep(rng.uniform(0, 0.02))
+            service.cancel(request)
+
+    threads = [threading.Thread(target=cancel) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    kept = []
+    for i, one in enumerate(listeners):
+        while service.stats()["waiting"] > 40:
+            time.sleep(0.001)
+        request = service.submit(asked[i % 24], ask, one)
+        if i % 5:
+            ids.put(request)
+        else:
+            kept.append(i)
+    for _ in threads:
+        ids.put(None)
+    ends = [Completion.of(one.rest()) for one in listeners]
+    for thread in threads:
+        thread.join()
+    assert {e.finish_reason for e in ends} <= {"length", "cancelled"}
+    assert "cancelled" in {e.finish_reason for e in ends}
+    for i in kept[:8]:
+        alone = complete(service, [asked[i % 24]], [ask])[0]
+        assert_same_but_for_near_ties(ends[i].token_ids, alone.token_ids, asked[i % 24], dense_logits, f"request {i}")
+    assert service.stats()["pages_used"] == 0
+
+
 def test_a_failing_listener_costs_only_its_own_request(service):
     def fail(delta):
         raise RuntimeError("listener")
@@ -168,17 +206,17 @@ def test_a_failing_listener_costs_only_its_own_request(service):
 
 def test_a_failing_step_ends_its_requests_and_not_the_service(service, engine, monkeypatch):
     before = complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0]
-    real, calls = engine.run, []
+    real, calls = engine.execute, []
 
-    def run(plan, params):
+    def execute(step):
         calls.append(1)
         if len(calls) == 2:
             for pool in jax.tree.leaves(engine.pools):
                 pool.delete()  # as after a failure with the pools donated
             raise RuntimeError("device lost")
-        return real(plan, params)
+        return real(step)
 
-    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine, "execute", execute)
     got = complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0]
     assert got.finish_reason == "error" and "device lost" in got.error
     assert complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0] == before
@@ -205,8 +243,8 @@ def test_a_full_queue_refuses_and_draining_lets_finish(engine, tokenizer):
     listeners = [Listening() for _ in range(20)]
     ask = SamplingParams(max_tokens=60, ignore_eos=True)
     gate = threading.Event()
-    real = engine.run
-    engine.run = lambda *a: (gate.wait(60), real(*a))[1]
+    real = engine.execute
+    engine.execute = lambda step: (gate.wait(60), real(step))[1]
     try:
         first = s.submit([1, 2, 3], ask, listeners[0])
         accepted = [listeners[0]]
@@ -227,7 +265,7 @@ def test_a_full_queue_refuses_and_draining_lets_finish(engine, tokenizer):
         assert all(one.rest()[-1].finish_reason == "length" for one in accepted) and first == 0
     finally:
         gate.set()
-        engine.run = real
+        engine.execute = real
         s.close()
     with pytest.raises(Unavailable):
         s.submit([1], ask, listeners[0])

@@ -65,14 +65,14 @@ def stub(channel):
 @pytest.fixture
 def slow_steps(service, monkeypatch):
     """Makes each step take a tenth of a second, so that a test can tell them apart; gives the steps begun so far."""
-    run, begun = service.engine.run, []
+    run, begun = service.engine.execute, []
 
-    def slow(plan, params):
-        begun.append(plan)
+    def slow(step):
+        begun.append(step)
         time.sleep(0.1)
-        return run(plan, params)
+        return run(step)
 
-    monkeypatch.setattr(service.engine, "run", slow)
+    monkeypatch.setattr(service.engine, "execute", slow)
     return begun
 
 
@@ -212,15 +212,15 @@ def test_tokens_outside_the_vocabulary_are_refused(service, stub):
 
 
 def test_a_failed_step_ends_its_requests_and_nothing_else(service, stub, monkeypatch):
-    run, fail = service.engine.run, threading.Event()
+    run, fail = service.engine.execute, threading.Event()
 
-    def faulty(plan, params):
+    def faulty(step):
         if fail.is_set():
             fail.clear()
             raise RuntimeError("the device stumbled")
-        return run(plan, params)
+        return run(step)
 
-    monkeypatch.setattr(service.engine, "run", faulty)
+    monkeypatch.setattr(service.engine, "execute", faulty)
     expected = _expected(service, "x = 1", max_tokens=12).token_ids
     fail.set()
     with pytest.raises(grpc.RpcError) as caught:
