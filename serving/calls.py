@@ -9,14 +9,19 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import grpc
 
 from llm_jax.inference.request import Delta, InvalidRequest, QueueFull, SamplingParams, Unavailable
+from serving import messages
 from serving.mailbox import Closed, Mailbox
 
-MAX_SAMPLES = 64  # samples of one call; the queue's own bound comes on top
-LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop to other calls
+MAX_SAMPLES = 64  # samples of one call
+LONG_TEXT = 4096  # characters (about 3 ms) from which tokenizing leaves the event loop to other calls
+SMALL_MESSAGE_BYTES = 4 << 20  # a few ms to parse: no request of that size is refused for its size alone
+TOKEN_ID_BYTES = 6  # of a token id in a message, tag included, at most
+MAX_DETAILS_BYTES = 1500  # of a status message: clients drop a call whose trailers exceed 8 KiB
 
 
 class Rejected(Exception):
@@ -42,8 +47,8 @@ def method(handler: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
     @functools.wraps(handler)
     async def answered(self, request, context):
         try:
-            if request is None:
-                raise invalid("the request's bytes are not the message this method takes")
+            if isinstance(request, Rejected):
+                raise request
             return await handler(self, request, context)
         except Rejected as error:
             rejected = error
@@ -58,9 +63,15 @@ def method(handler: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             rejected = Rejected(grpc.StatusCode.INTERNAL, f"the server failed on this request: {error!r:.200}")
-        await context.abort(rejected.code, rejected.message)
+        await context.abort(rejected.code, _shortened(rejected.message))
 
     return answered
+
+
+def _shortened(message: str) -> str:
+    """A status message that fits: a value that it quotes may be of any length."""
+    data = message.encode("utf-8", errors="replace")
+    return message if len(data) <= MAX_DETAILS_BYTES else data[:MAX_DETAILS_BYTES].decode(errors="ignore") + "…"
 
 
 class Calls:
@@ -74,6 +85,7 @@ class Calls:
     def __init__(self, service) -> None:
         self.service = service
         self.accepting = True
+        self._token_bytes = max(map(int, service.tokenizer.byte_lengths))  # that one token can stand for
         self._running: set[Mailbox] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -106,11 +118,49 @@ class Calls:
         """Calls that are being answered."""
         return len(self._running)
 
+    @property
+    def max_message_bytes(self) -> int:
+        """Size of a request from which its prompt can't fit, or is nothing but padding."""
+        return max(SMALL_MESSAGE_BYTES, self.service.max_prompt_tokens * max(self._token_bytes, TOKEN_ID_BYTES))
+
+    def parser(self, message: Any) -> Callable[[bytes], Any]:
+        """A deserializer that gives what `method` answers with INVALID_ARGUMENT for bytes that are no such message."""
+        parse = messages.parser(message)
+
+        def parse_or_reject(data: bytes):
+            if len(data) > self.max_message_bytes:
+                return invalid(f"the request has {len(data)} bytes, more than any prompt that fits: at most "
+                               f"{self.service.max_prompt_tokens} tokens")
+            request = parse(data)
+            return invalid("the request's bytes are not the message this method takes") if request is None else request
+
+        return parse_or_reject
+
     async def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of `text`; a long text is tokenized in another thread."""
+        """Token ids of `text`; a long text is tokenized in another thread, one that can't fit not at all.
+
+        Raises:
+          Rejected: the text has more tokens than fit, however well they match it.
+        """
         if len(text) < LONG_TEXT:
             return self.service.encode(text, add_bos=add_bos)
+        self._check_length(add_bos + -(-len(text.encode()) // self._token_bytes), "at least ")
         return await asyncio.to_thread(self.service.encode, text, add_bos=add_bos)
+
+    def token_ids(self, sent: Sequence[int]) -> list[int]:
+        """A prompt that was sent as tokens.
+
+        Raises:
+          Rejected: there are more than fit; they are not copied then.
+        """
+        self._check_length(len(sent))
+        return list(sent)
+
+    def _check_length(self, num_tokens: int, least: str = "") -> None:
+        most = self.service.max_prompt_tokens
+        if num_tokens > most:
+            raise invalid(f"the prompt has {least}{num_tokens} tokens; at most {most} fit (context "
+                          f"{self.service.max_context}, one for the answer)")
 
     def sampling(self, prompt_ids: Sequence[int], *, max_tokens: int, num_samples: int, **fields) -> SamplingParams:
         """Sampling parameters of a request over the wire, where 0 for `max_tokens` is "as many as fit".
@@ -120,8 +170,9 @@ class Calls:
         """
         if max_tokens < 0:
             raise invalid(f"max_tokens={max_tokens} must be positive, or 0 for as many as fit")
-        if not 0 <= num_samples <= MAX_SAMPLES:
-            raise invalid(f"num_samples={num_samples} must lie between 1 and {MAX_SAMPLES}")
+        most = min(MAX_SAMPLES, self.service.max_requests)
+        if not 0 <= num_samples <= most:
+            raise invalid(f"num_samples={num_samples} must lie between 1 and {most}")
         if not prompt_ids:
             raise invalid("the prompt has no tokens")
         # A prompt that leaves no room is refused by the service, which knows the limit to name.
@@ -161,6 +212,8 @@ class Calls:
         self._idle.clear()
         try:
             for sample in range(num_samples or 1):
+                if sample:
+                    await asyncio.sleep(0)  # each takes time with the prompt's length: other calls come in between
                 unfinished[sample] = self.service.submit(
                     prompt_ids, dataclasses.replace(sampling, sample=sample), functools.partial(mailbox.push, sample),
                     priority=priority)

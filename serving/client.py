@@ -119,7 +119,7 @@ class Client:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         logprobs: bool = False,
         num_samples: int = 1,
@@ -130,7 +130,8 @@ class Client:
         Args:
           prompt: text, or token ids that are used as they are.
           max_tokens: new tokens of each sample, at most; 0 is as many as fit.
-          temperature, top_k, top_p, seed, stop, ignore_eos: as in `llm_jax.inference.request.SamplingParams`.
+          temperature, top_k, top_p, seed, ignore_eos: as in `llm_jax.inference.request.SamplingParams`.
+          stop: strings before the first of which the text ends; one may be given as it is.
           logprobs: whether chunks carry log-probabilities.
           num_samples: samples of the one prompt.
           priority: larger goes first among the requests that wait.
@@ -145,7 +146,8 @@ class Client:
         try:
             request = messages.GenerateRequest(
                 sampling=messages.Sampling(
-                    max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
+                    max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                    stop=[stop] if isinstance(stop, str) else stop,
                     ignore_eos=ignore_eos, logprobs=logprobs, num_samples=num_samples),
                 priority=priority)
             if isinstance(prompt, str):

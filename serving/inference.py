@@ -24,7 +24,7 @@ class Inference:
         if prompt == "text":
             prompt_ids = await self._calls.encode(request.text)
         else:
-            prompt_ids = list(request.token_ids.ids)
+            prompt_ids = self._calls.token_ids(request.token_ids.ids)
         asked = request.sampling
         sampling = self._calls.sampling(
             prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples, temperature=asked.temperature,
@@ -50,9 +50,10 @@ class Inference:
         """The service as gRPC registers it."""
         return grpc.method_handlers_generic_handler(messages.INFERENCE, {
             "Generate": grpc.unary_stream_rpc_method_handler(
-                self.Generate, messages.parser(messages.GenerateRequest), messages.GenerateResponse.SerializeToString),
+                self.Generate, self._calls.parser(messages.GenerateRequest),
+                messages.GenerateResponse.SerializeToString),
             "GetModel": grpc.unary_unary_rpc_method_handler(
-                self.GetModel, messages.parser(messages.GetModelRequest), messages.Model.SerializeToString),
+                self.GetModel, self._calls.parser(messages.GetModelRequest), messages.Model.SerializeToString),
         })
 
 

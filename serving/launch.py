@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from llm_jax.errors import UserError
+from serving.loading import signals_end_the_process
 
 
 def launch(
@@ -52,25 +53,26 @@ def launch(
     """
     if not grace_seconds >= 0:
         raise UserError(f"grace_seconds={grace_seconds} must be 0 or more")
-    from serving.server import check_port, serve  # here, so that --help needs neither gRPC nor JAX
+    with signals_end_the_process():  # until the server handles them
+        from serving.server import check_port, serve  # here, so that --help needs neither gRPC nor JAX
 
-    check_port(host, port)  # before the minutes that loading may take
-    from llm_jax.inference.engine import EngineConfig
-    from llm_jax.inference.request import SamplingParams
-    from llm_jax.inference.service import Service
-    from serving.orchestrator import DecodeSampling
+        check_port(host, port)  # before the minutes that loading may take
+        from llm_jax.inference.engine import EngineConfig
+        from llm_jax.inference.request import SamplingParams
+        from llm_jax.inference.service import Service
+        from serving.orchestrator import DecodeSampling
 
-    decode_sampling = DecodeSampling(decode_temperature, decode_top_k, decode_top_p)
-    SamplingParams(temperature=decode_temperature, top_k=decode_top_k, top_p=decode_top_p)  # raises if out of range
-    layout: dict[str, Any] = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context,
-                              "num_pages": num_pages, "page_size": page_size, "chunk": chunk, "dtype": dtype}
-    options = EngineConfig(**{name: value for name, value in layout.items() if value is not None})
-    queue = {} if max_queue is None else {"max_queue": max_queue}
+        decode_sampling = DecodeSampling(decode_temperature, decode_top_k, decode_top_p)
+        SamplingParams(temperature=decode_temperature, top_k=decode_top_k, top_p=decode_top_p)  # raises if out of range
+        layout: dict[str, Any] = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context,
+                                  "num_pages": num_pages, "page_size": page_size, "chunk": chunk, "dtype": dtype}
+        options = EngineConfig(**{name: value for name, value in layout.items() if value is not None})
+        queue = {} if max_queue is None else {"max_queue": max_queue}
 
-    def say(line: str) -> None:
-        print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe
+        def say(line: str) -> None:
+            print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe
 
-    began = time.perf_counter()
-    service = Service.from_run(run_dir, options, on_event=say, **queue)
-    return serve(service, host=host, port=port, grace_seconds=grace_seconds, decode_sampling=decode_sampling,
-                 on_event=say, note=f"after {time.perf_counter() - began:.1f} s of loading and compiling")
+        began = time.perf_counter()
+        service = Service.from_run(run_dir, options, on_event=say, **queue)
+        return serve(service, host=host, port=port, grace_seconds=grace_seconds, decode_sampling=decode_sampling,
+                     on_event=say, note=f"after {time.perf_counter() - began:.1f} s of loading and compiling")

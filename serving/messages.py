@@ -14,6 +14,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 ORCHESTRATOR = "jetstream_proto.Orchestrator"
 INFERENCE = "llm_jax.serving.v1.Inference"
@@ -24,8 +25,9 @@ def _load_pool() -> descriptor_pool.DescriptorPool:
     path = pathlib.Path(__file__).resolve().parent / "protos" / "descriptors.binpb"
     for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file:
         pool.Add(file)
-    # Reflection answers from one pool, and the health service is listed beside ours.
-    pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
+    # Reflection answers from one pool, and lists the health service and itself beside ours.
+    for beside in (health_pb2, reflection_pb2):
+        pool.AddSerializedFile(beside.DESCRIPTOR.serialized_pb)
     return pool
 
 

@@ -46,7 +46,7 @@ class Orchestrator:
         if content == "text_content":
             prompt_ids = await self._calls.encode(request.text_content.text, add_bos=not request.has_bos)
         else:
-            prompt_ids = list(request.token_content.token_ids)
+            prompt_ids = self._calls.token_ids(request.token_content.token_ids)
             bos_id = self._calls.service.tokenizer.bos_id
             # Upstream puts the token in front unless told not to, and would double one that is there already.
             if not request.has_bos and prompt_ids[:1] != [bos_id]:
@@ -84,9 +84,9 @@ class Orchestrator:
         """The service as gRPC registers it."""
         return grpc.method_handlers_generic_handler(messages.ORCHESTRATOR, {
             "Decode": grpc.unary_stream_rpc_method_handler(
-                self.Decode, messages.parser(messages.DecodeRequest), messages.DecodeResponse.SerializeToString),
+                self.Decode, self._calls.parser(messages.DecodeRequest), messages.DecodeResponse.SerializeToString),
             "HealthCheck": grpc.unary_unary_rpc_method_handler(
-                self.HealthCheck, messages.parser(messages.HealthCheckRequest),
+                self.HealthCheck, self._calls.parser(messages.HealthCheckRequest),
                 messages.HealthCheckResponse.SerializeToString),
         })
 

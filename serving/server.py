@@ -20,14 +20,14 @@ from serving import messages
 from serving.calls import Calls
 from serving.inference import Inference
 from serving.orchestrator import DecodeSampling, Orchestrator
+from serving.strangers import BytesChecked
 
-MAX_MESSAGE_BYTES = 4 << 20  # a prompt of a million tokens; gRPC answers RESOURCE_EXHAUSTED to more
+MAX_MESSAGE_BYTES = 64 << 20  # gRPC itself answers RESOURCE_EXHAUSTED to more, and can't be told what else to say
 HEALTH_PERIOD_S = 0.5
 
 _OPTIONS = (
     # Without this a second server on the same port would silently share its connections.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A client whose machine vanished says no goodbye: find out within 40 s, so that its requests end.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -96,7 +96,9 @@ class Server:
           UserError: the port is in use.
         """
         check_port(self._host, self._port)
-        server = grpc.aio.server(options=_OPTIONS)
+        most = max(MAX_MESSAGE_BYTES, self.calls.max_message_bytes)
+        server = grpc.aio.server(interceptors=(BytesChecked(),), options=(
+            *_OPTIONS, ("grpc.max_receive_message_length", most)))
         server.add_generic_rpc_handlers((
             Orchestrator(self.calls, self._decode_sampling).handler(),
             Inference(self.calls).handler(),

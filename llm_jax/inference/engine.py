@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,6 +47,8 @@ class EngineConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         for name in ("max_rows", "prefill_rows", "chunk", "page_size", "num_pages", "max_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -93,7 +96,7 @@ class Engine:
     """Weights and pools on the device, and `prepare` and `execute`, which carry out one plan."""
 
     def __init__(self, config: ModelConfig, params: Any, options: EngineConfig, *,
-                 available_bytes: int | None = None):
+                 available_bytes: int | None = None, free_params: bool = False):
         """Lays out weights and pools; `compile` must be called before `execute`.
 
         Args:
@@ -101,6 +104,8 @@ class Engine:
           params: its stacked parameters; arrays of the engine's dtype are used as they are, others are cast.
           options: see `EngineConfig`.
           available_bytes: memory for the pages; default what is free.
+          free_params: whether the stacked arrays may be deleted as they are taken apart, so that the weights are never
+            there twice.
         Raises:
           UserError: the pages do not fit, or the context is longer than the model's.
         """
@@ -111,14 +116,15 @@ class Engine:
         if self.max_context > config.max_context:
             raise UserError(f"max_context={self.max_context} is more than the model's {config.max_context}")
         self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False))
-        self.params = _serving_params(params, self.dtype)
+        self.params = _serving_params(params, self.dtype, free_params)
         self.shapes = step_shapes(options)
         num_pages = memory.plan_pages(
             config, page_size=options.page_size, itemsize=jnp.dtype(self.dtype).itemsize,
             max_context=self.max_context, max_rows=options.max_rows,
             available=memory.free_bytes() if available_bytes is None else available_bytes, requested=options.num_pages)
         self.geometry = Geometry(num_pages, options.page_size, options.chunk, -(-self.max_context // options.page_size))
-        self.pools = self._make_pools()
+        self.pools: Pools = []
+        self.reset()
         self._steps: dict[StepShape, Callable[..., Any]] = {}
         self.num_steps = 0
 
@@ -127,7 +133,8 @@ class Engine:
         began = time.perf_counter()
         for shape in self.shapes:
             at = time.perf_counter()
-            self._steps[shape] = self.lower(shape).compile()
+            with _out_of_memory_said("compiling the steps"):
+                self._steps[shape] = self.lower(shape).compile()
             progress(f"compiled step: {shape.decode_rows} decode rows, {shape.prefill_rows} prompts of up to "
                      f"{self.options.chunk} tokens ({time.perf_counter() - at:.1f} s)")
         return time.perf_counter() - began
@@ -158,13 +165,12 @@ class Engine:
         return {i: (int(tokens[row]), float(logprobs[row])) for row, i in step.sampling}
 
     def reset(self) -> None:
-        """Fresh pools, after a step that failed with the old ones donated."""
-        self.pools = self._make_pools()
-
-    def _make_pools(self) -> Pools:
+        """Fresh pools, also after a step that failed with the old ones donated."""
         g, c = self.geometry, self.config
-        return [make_pool(g.num_pages, g.page_size, c.num_kv_heads, c.head_dim, self.dtype)
-                for _ in range(c.num_layers)]
+        self.pools = []  # first: there is no room for two
+        with _out_of_memory_said(f"the cache of {g.num_pages} pages"):
+            self.pools = [make_pool(g.num_pages, g.page_size, c.num_kv_heads, c.head_dim, self.dtype)
+                          for _ in range(c.num_layers)]
 
 
 def default_dtype() -> str:
@@ -172,7 +178,19 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _serving_params(params: Any, dtype: str) -> Any:
+@contextlib.contextmanager
+def _out_of_memory_said(what: str) -> Iterator[None]:
+    """Turns the device's own out-of-memory error into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"the device's memory does not hold {what}; lower num_pages, max_rows or max_context "
+                        f"({str(error).splitlines()[0]})") from error
+
+
+def _serving_params(params: Any, dtype: str, free: bool) -> Any:
     if "layers" in params:
-        params = unstack(params)
+        params = unstack(params, free=free)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)

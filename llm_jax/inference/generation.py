@@ -6,8 +6,12 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
+from llm_jax.inference.engine import EngineConfig
 from llm_jax.inference.request import Delta, SamplingParams, Usage
 from llm_jax.inference.service import Listener, Service
+
+# The engine of a lone caller: one row, and larger chunks of the prompt, as nobody waits beside it.
+ALONE = EngineConfig(max_rows=1, prefill_rows=1, chunk=128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+
 import jax
 import psutil
 
@@ -16,10 +19,22 @@ DEVICE_SHARE = 0.9
 def free_bytes(device: jax.Device | None = None) -> int:
     """Bytes that may be given to weights and pages on `device` (default: the first)."""
     device = device or jax.local_devices()[0]
+    if device.platform == "cpu":
+        return int(CPU_SHARE * min(psutil.virtual_memory().available, _container_bytes()))
     stats = device.memory_stats() or {}
-    if device.platform != "cpu" and "bytes_limit" in stats:
-        return int(DEVICE_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
-    return int(CPU_SHARE * psutil.virtual_memory().available)
+    if "bytes_limit" not in stats:
+        return sys.maxsize  # the backend does not say: what does not fit fails when it is allocated
+    return int(DEVICE_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+
+
+def _container_bytes(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
+    """What the container's limit leaves (cgroup v2); unlimited where there is none."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return max(int(limit) - used, 0) if limit.isdigit() else sys.maxsize
 
 
 def page_bytes(config: ModelConfig, page_size: int, itemsize: int) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from llm_jax.errors import UserError
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024  # of one stop string: each token's text is compared with every beginning of it
 MAX_SEED = 2**64 - 1
 
 
@@ -40,7 +42,7 @@ class SamplingParams:
       seed: with the same seed, sample and logits a position draws the same token, whatever else is in the batch. None
         takes a fresh seed.
       sample: which of several completions of one request this is.
-      stop: strings at which the completion ends; they are not part of the text.
+      stop: strings at which the completion ends (one may be given as it is); they are not part of the text.
       ignore_eos: go on after the end token, to max_tokens.
     """
 
@@ -58,14 +60,27 @@ class SamplingParams:
             if not good:
                 raise InvalidRequest(f"{name} must be {want}, not {getattr(self, name)!r}")
 
-        check("max_tokens", self.max_tokens >= 1, "at least 1")
-        check("temperature", math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "between 0 and 100")
-        check("top_k", 0 <= self.top_k < 2**31, "0 (off) or a positive number")
-        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, "between 0 and 2^64 - 1")
-        check("sample", 0 <= self.sample < 2**31, "0 or a positive number")
-        check("stop", len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
-              f"at most {MAX_STOP_STRINGS} strings, none empty")
+        def whole(name: str, least: int, most: int, want: str) -> None:
+            value = getattr(self, name)
+            check(name, isinstance(value, int) and not isinstance(value, bool) and least <= value <= most, want)
+
+        def real(name: str, good: Callable[[float], bool], want: str) -> None:
+            value = getattr(self, name)
+            check(name, isinstance(value, (int, float)) and math.isfinite(value) and good(value), want)
+
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        whole("max_tokens", 1, 2**31 - 1, "a whole number, at least 1")
+        real("temperature", lambda t: 0 <= t <= 100, "between 0 and 100")
+        whole("top_k", 0, 2**31 - 1, "0 (off) or a positive whole number")
+        real("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1")
+        if self.seed is not None:
+            whole("seed", 0, MAX_SEED, "a whole number between 0 and 2^64 - 1")
+        whole("sample", 0, 2**31 - 1, "0 or a positive whole number")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(
+                isinstance(s, str) and 1 <= len(s) <= MAX_STOP_CHARACTERS for s in self.stop):
+            raise InvalidRequest(f"stop must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} "
+                                 "characters each")
 
 
 @dataclasses.dataclass(frozen=True)

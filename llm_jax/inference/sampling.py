@@ -16,7 +16,10 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-CANDIDATES = 64  # rows whose allowed tokens are among this many best never look at the rest
+# Rows whose allowed tokens are among this many best never look at the rest. XLA has a top-k of its own for so many; on
+# a GPU it has one for 16 only, and would sort the whole vocabulary for more.
+CANDIDATES = 64
+GPU_CANDIDATES = 16
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +67,9 @@ def sample(logits_RV: Array, batch: SamplingBatch) -> tuple[Array, Array]:
 
 def _draw(logits_RV: Array, batch: SamplingBatch, greedy_R: Array) -> Array:
     sampled_R = batch.temperature_R > 0
-    scaled_RV = logits_RV / jnp.where(sampled_R, batch.temperature_R, 1.0)[:, None]
+    # Less the best, so that a tiny temperature makes the others -inf and not the best inf.
+    ahead_RV = logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)
+    scaled_RV = ahead_RV / jnp.where(sampled_R, batch.temperature_R, 1.0)[:, None]
     key_R = jax.random.wrap_key_data(batch.key_R2, impl="threefry2x32")
     short_R, few_R = _draw_from_candidates(scaled_RV, batch, key_R)
     needs_all_R = sampled_R & ~few_R
@@ -75,7 +80,7 @@ def _draw(logits_RV: Array, batch: SamplingBatch, greedy_R: Array) -> Array:
 
 def _draw_from_candidates(scaled_RV: Array, batch: SamplingBatch, key_R: Array) -> tuple[Array, Array]:
     """Draws among the best CANDIDATES tokens; also says for which rows these hold all allowed ones."""
-    count = min(CANDIDATES, scaled_RV.shape[1])
+    count = min(GPU_CANDIDATES if jax.default_backend() == "gpu" else CANDIDATES, scaled_RV.shape[1])
     value_RC, id_RC = jax.lax.top_k(scaled_RV, count)
     limited_R = batch.top_k_R > 0
     in_k_RC = jnp.arange(count) < jnp.where(limited_R, batch.top_k_R, count)[:, None]

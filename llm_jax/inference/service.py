@@ -99,6 +99,11 @@ class Service:
         return self._scheduler.max_prompt
 
     @property
+    def max_requests(self) -> int:
+        """Requests that may run and wait together; more at once are always refused."""
+        return self._max_queue + self.engine.options.max_rows
+
+    @property
     def is_live(self) -> bool:
         """Whether new requests are taken."""
         return not self._draining and not self._closed and self._thread.is_alive()
@@ -254,9 +259,13 @@ class Service:
         with self._changed:
             failed, self._requests = self._requests, {}
             self._scheduler = self._make_scheduler()
-            self.engine.reset()
             for request in failed.values():
                 usage = Usage(request.sequence.num_prompt, request.completion_tokens)
                 self._tell(request, Delta(finish_reason="error", usage=usage,
                                           error=f"the step failed: {type(error).__name__}: {error}"))
             self._changed.notify_all()
+            try:
+                self.engine.reset()
+            except Exception:  # noqa: BLE001 - there is nothing left to serve with, and everyone has been told
+                log.exception("the engine could not be restarted; the service is closed")
+                self._closed = True

@@ -47,6 +47,12 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"ModelConfig.{name} must be a positive whole number, not {value!r}")
+        for name, least in (("rope_theta", 1.0), ("norm_eps", 0.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                raise UserError(f"ModelConfig.{name} must be a number, at least {least:g}, not {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise UserError(f"ModelConfig.tie_embeddings must be True or False, not {self.tie_embeddings!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"ModelConfig.num_heads={self.num_heads} is not a multiple of "
                             f"num_kv_heads={self.num_kv_heads}")

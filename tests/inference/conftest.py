@@ -9,6 +9,7 @@ import pytest
 from llm_jax import models
 from llm_jax.data.tokenizer_training import train_tokenizer
 from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.generation import ALONE
 from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig
 
@@ -43,6 +44,16 @@ def engine(config, params):
 @pytest.fixture(scope="session")
 def service(engine, tokenizer):
     made = Service(engine, tokenizer, max_queue=64)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def lone_service(config, params, tokenizer):
+    """The layout of `Run.generate`."""
+    engine = Engine(config, params, ALONE)
+    engine.compile()
+    made = Service(engine, tokenizer)
     yield made
     made.close()
 

@@ -37,7 +37,7 @@ def test_paged_logits_equal_dense_at_every_position(engine, dense_logits, config
                                       batch.context, pools, method="hidden")
         return engine.model.apply({"params": params}, x[0], method="logits"), pools
 
-    pools = jax.tree.map(lambda pool: pool + np.nan, engine._make_pools())  # nothing unwritten may be read
+    pools = jax.tree.map(lambda pool: pool + np.nan, engine.pools)  # nothing unwritten may be read
     got = [np.full((len(t), config.vocab_size), np.nan) for t in texts]
     while plan := scheduler.schedule():
         logits_NV, pools = all_logits(engine.params, pools, build(plan, shape, g, {}))
@@ -70,6 +70,7 @@ def test_no_step_copies_converts_or_transposes_a_weight_or_a_pool():
         text = engine.lower(shape).compile().as_text()
         found = [m[0] for m in moved.finditer(text) if tuple(sorted(int(n) for n in m[1].split(","))) in kept]
         assert not found, f"{shape}: {found}"
+        assert " sort(" not in text, f"{shape} sorts"
         assert "input_output_alias" in text and len(re.findall(r"\{\d+\}: \(\d+, \{\}", text)) >= 4
 
 
@@ -86,6 +87,22 @@ def test_the_smallest_shape_that_holds_a_plan_is_taken():
     assert choose_shape(Plan(1, 0), shapes) == StepShape(0, 1)
     assert choose_shape(Plan(9, 0), shapes) == StepShape(0, 32)
     assert choose_shape(Plan(3, 1), shapes) == StepShape(1, 8)
+
+
+def test_stacked_weights_are_freed_as_they_are_taken_apart(config, params):
+    mine = jax.tree.map(lambda leaf: leaf + 0, params)
+    made = Engine(config, mine, EngineConfig(max_rows=1, num_pages=8, page_size=16, dtype="float32"), free_params=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(mine["layers"]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(made.params))
+
+
+def test_what_the_device_cannot_hold_is_one_message(config, params, monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr("llm_jax.inference.engine.make_pool", exhausted)
+    with pytest.raises(UserError, match="does not hold the cache of 8 pages"):
+        Engine(config, params, EngineConfig(max_rows=1, num_pages=8, page_size=16))
 
 
 def test_a_context_longer_than_the_model_is_refused(config, params):
@@ -119,10 +136,21 @@ class TestMemory:
             memory.check_weights_fit(self.CONFIG, 4, 1000)
 
     def test_free_memory_is_known_here(self):
-        assert memory.free_bytes() > 2**20
+        assert 2**20 < memory.free_bytes() < 2**50
+
+    def test_a_containers_limit_counts(self, tmp_path):
+        assert memory._container_bytes(tmp_path) > 2**60
+        (tmp_path / "memory.max").write_text("1000\n")
+        (tmp_path / "memory.current").write_text("400\n")
+        assert memory._container_bytes(tmp_path) == 600
+        (tmp_path / "memory.max").write_text("max\n")
+        assert memory._container_bytes(tmp_path) > 2**60
 
 
 def test_options_are_checked():
     with pytest.raises(UserError, match="chunk"):
         EngineConfig(chunk=0)
+    for dtype in ("bf16", "float64"):
+        with pytest.raises(UserError, match=dtype):
+            EngineConfig(dtype=dtype)
     assert OPTIONS.num_pages == 120

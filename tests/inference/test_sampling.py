@@ -120,5 +120,7 @@ def test_ties_and_extremes():
     rows = np.zeros((64, V), np.float32)
     rows[:, 3] = np.float32(60.0)
     assert (np.asarray(draw(rows, batch(64))[0]) == 3).all()
+    rows[:, 5] = np.float32(50.0)
+    assert (np.asarray(draw(rows, batch(64, temperature=1e-37))[0]) == 3).all()  # no overflow to a tie at inf
     flat = np.zeros((64, V), np.float32)  # every token ties: a nucleus of all, no crash, no bias to the first
     assert len(set(np.asarray(draw(flat, batch(64, top_p=0.99))[0]).tolist())) > 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 
 import jax
 import numpy as np
@@ -37,7 +38,16 @@ def assert_same_but_for_near_ties(mine, other, prompt, dense_logits, what):
     row = np.sort(dense_logits([*prompt, *mine[:at]])[-1])
     gap = row[-1] - row[-2]
     assert gap < NEAR_TIE, f"{what}: token {at} differs where the best two logits are {gap} apart"
-    print(f"{what}: a near-tie at token {at}")
+    warnings.warn(f"{what}: a near-tie at token {at}", stacklevel=2)  # pytest's summary names it
+
+
+def test_the_comparison_can_fail(dense_logits):
+    """A difference where nothing ties is found."""
+    best = [int(dense_logits([1, 5])[-1].argmax())]
+    with pytest.raises(AssertionError, match="token 0 differs"):
+        assert_same_but_for_near_ties(best, [best[0] + 1], [1, 5], dense_logits, "x")
+    with pytest.raises(AssertionError):
+        assert_same_but_for_near_ties(best, [], [1, 5], dense_logits, "x")
 
 
 def greedy_by_dense(prompt, count, dense_logits, end):
@@ -50,13 +60,18 @@ def greedy_by_dense(prompt, count, dense_logits, end):
     return tokens[len(prompt):]
 
 
-def test_together_equals_alone_equals_dense(service, dense_logits, tokenizer):
-    """24 greedy requests of mixed lengths sent at once, each sent alone, and greedy decoding by the dense forward."""
+def test_together_equals_alone_equals_dense(service, lone_service, engine, dense_logits, tokenizer):
+    """24 greedy requests of mixed lengths sent at once, each sent alone, by the engine of `Run.generate`, and by
+    greedy decoding with the dense forward."""
     asked = prompts(service, 24)
     lengths = [5 + 3 * (i % 9) for i in range(24)]
     wanted = [SamplingParams(max_tokens=n) for n in lengths]
-    together = complete(service, asked, wanted)
-    assert service.stats()["most_rows"] >= 8
+    fresh = Service(engine, tokenizer)
+    together = complete(fresh, asked, wanted)
+    assert fresh.stats()["most_rows"] >= 8
+    fresh.close()
+    for i, got in enumerate(complete(lone_service, asked, wanted)):
+        assert_same_but_for_near_ties(got.token_ids, together[i].token_ids, asked[i], dense_logits, f"generate {i}")
     for i, (prompt, params, mine) in enumerate(zip(asked, wanted, together, strict=True)):
         alone = complete(service, [prompt], [params])[0]
         assert_same_but_for_near_ties(mine.token_ids, alone.token_ids, prompt, dense_logits, f"request {i} alone")
@@ -115,6 +130,10 @@ def test_preemption_ends_with_the_same_tokens(engine, service, tokenizer, dense_
             alone = complete(service, [prompt], [wanted[i]])[0]
             assert_same_but_for_near_ties(mine.token_ids, alone.token_ids, prompt, dense_logits, f"request {i}")
     assert service.stats()["pages_used"] == 0
+
+
+def test_a_plain_string_is_one_stop_string():
+    assert SamplingParams(stop="END").stop == ("END",)
 
 
 def test_stop_strings_end_the_text_before_them(service):
@@ -222,6 +241,23 @@ def test_a_failing_step_ends_its_requests_and_not_the_service(service, engine, m
     assert complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0] == before
 
 
+def test_an_engine_that_cannot_be_restarted_closes_the_service_and_hangs_nobody(engine, tokenizer, monkeypatch):
+    s = Service(engine, tokenizer)
+
+    def fail(*_):
+        raise RuntimeError("device lost")
+
+    real = engine.reset
+    monkeypatch.setattr(engine, "execute", fail)
+    monkeypatch.setattr(engine, "reset", fail)
+    assert complete(s, [[1, 2]], [SamplingParams(max_tokens=3)])[0].finish_reason == "error"
+    s.close()
+    assert not s.is_live
+    with pytest.raises(Unavailable):
+        s.submit([1], SamplingParams(), print)
+    real()
+
+
 def test_refusals(service):
     listen = Listening()
     ask = SamplingParams(max_tokens=4)
@@ -232,7 +268,8 @@ def test_refusals(service):
     with pytest.raises(InvalidRequest, match="token id 100000"):
         service.submit([1, 100000], ask, listen)
     for name, value in [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_k", -1),
-                        ("max_tokens", 0), ("seed", -1), ("stop", ("",))]:
+                        ("max_tokens", 0), ("seed", -1), ("stop", ("",)), ("top_k", 1.5), ("max_tokens", "5"),
+                        ("stop", (1,)), ("temperature", "hot")]:
         with pytest.raises(InvalidRequest, match=name):
             SamplingParams(**{name: value})
 

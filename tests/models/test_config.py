@@ -15,7 +15,8 @@ GOOD = {"vocab_size": 8, "num_layers": 1, "embed_dim": 8, "num_heads": 4, "num_k
 
 @pytest.mark.parametrize("change, named", [
     ({"num_layers": 0}, "num_layers"), ({"mlp_dim": 2.5}, "mlp_dim"), ({"num_kv_heads": 3}, "num_kv_heads"),
-    ({"head_dim": 3}, "head_dim"), ({"family": "gtp"}, "family"), ({"vocab_size": True}, "vocab_size")])
+    ({"head_dim": 3}, "head_dim"), ({"family": "gtp"}, "family"), ({"vocab_size": True}, "vocab_size"),
+    ({"rope_theta": "x"}, "rope_theta"), ({"norm_eps": -1.0}, "norm_eps"), ({"tie_embeddings": "false"}, "tie_emb")])
 def test_bad_values_are_named(change, named):
     with pytest.raises(UserError, match=named):
         ModelConfig(**{**GOOD, **change})

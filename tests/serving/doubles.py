@@ -21,6 +21,7 @@ class CharacterTokenizer:
     """A token for each code point."""
 
     vocab_size, bos_id, eos_id, end_ids = 0x110003, BOS, EOS, (EOS,)
+    byte_lengths = (4,)  # enough of it: the most that a token stands for
 
 
 class FakeService:
@@ -34,6 +35,7 @@ class FakeService:
 
     max_context = 10_000
     max_prompt_tokens = 9_999
+    max_requests = 64
     tokenizer = CharacterTokenizer()
 
     def __init__(self, *, step_s: float = 0.001, max_running: int = 64) -> None:
@@ -134,6 +136,7 @@ class RunningServer:
         return asyncio.run_coroutine_threadsafe(self.server.stop(grace_seconds), self._loop)
 
     def end(self) -> None:
+        self.run(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 

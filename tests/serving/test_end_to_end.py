@@ -10,50 +10,18 @@ import grpc
 import jax
 import pytest
 
-from llm_jax.data.tokenizer_training import train_tokenizer
-from llm_jax.inference.engine import Engine, EngineConfig
 from llm_jax.inference.generation import complete
 from llm_jax.inference.request import SamplingParams
-from llm_jax.inference.service import Service
-from llm_jax.models import Decoder, ModelConfig, init_params
 from serving.client import Client
-from tests.serving.doubles import ForeignStub, RunningServer, wait_until
+from tests.serving.conftest import MAX_CONTEXT, MAX_QUEUE, MAX_ROWS
+from tests.serving.doubles import ForeignStub, wait_until
 
-MAX_ROWS, MAX_QUEUE, MAX_CONTEXT = 4, 4, 512
 PROMPTS = ["def main(", "", "你好，世界", "import os\nimport sys\n" * 8, "🙂", "x = 1", "class A:", "return None"]
 
 
-@pytest.fixture(scope="module")
-def service():
-    tokenizer = train_tokenizer(["def main():\n    return 你好\n", "import os, sys\n"] * 20, 320)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2,
-                         head_dim=8, mlp_dim=64, max_context=MAX_CONTEXT)
-    params = jax.jit(lambda key: init_params(Decoder(config), key))(jax.random.key(3))
-    options = EngineConfig(max_rows=MAX_ROWS, prefill_rows=1, chunk=16, page_size=8, num_pages=256, dtype="float32")
-    engine = Engine(config, params, options)
-    engine.compile()
-    service = Service(engine, tokenizer, max_queue=MAX_QUEUE)
-    yield service
-    service.close()
-
-
 @pytest.fixture
-def server(service):
-    running = RunningServer(service)
-    yield running
-    # Stop the door alone: draining would end the engine that the next test uses.
-    service.begin_drain = lambda: None
-    try:
-        running.run(running.server.stop(0))
-    finally:
-        del service.begin_drain
-        running.end()
-    assert wait_until(lambda: service.stats()["pages_used"] == 0)
-
-
-@pytest.fixture
-def channel(server):
-    with grpc.insecure_channel(server.address) as channel:
+def channel(real_server):
+    with grpc.insecure_channel(real_server.address) as channel:
         yield channel
 
 
@@ -99,7 +67,7 @@ def test_a_foreign_stub_completes_a_decode(service, stub):
         assert (text, token_ids) == ("", expected.token_ids)
 
 
-def test_requests_sent_together_answer_as_alone(service, server, stub):
+def test_requests_sent_together_answer_as_alone(service, real_server, stub):
     expected = [_expected(service, prompt, max_tokens=10 + 3 * i) for i, prompt in enumerate(PROMPTS[:MAX_ROWS])]
     with concurrent.futures.ThreadPoolExecutor(MAX_ROWS) as pool:
         answers = list(pool.map(lambda i: _collect(stub.Decode(stub.text_request(PROMPTS[i], max_tokens=10 + 3 * i))),
@@ -107,9 +75,9 @@ def test_requests_sent_together_answer_as_alone(service, server, stub):
     assert answers == [(e.text, e.token_ids) for e in expected]
 
 
-def test_sampled_requests_answer_as_in_process(service, server):
+def test_sampled_requests_answer_as_in_process(service, real_server):
     fields = {"max_tokens": 20, "temperature": 0.9, "top_k": 30, "top_p": 0.8, "seed": 11, "ignore_eos": True}
-    with Client(server.address) as client:
+    with Client(real_server.address) as client:
         chunks = list(client.generate("def main(", num_samples=3, logprobs=True, **fields))
     for sample in range(3):
         mine = [c for c in chunks if c.sample == sample]
@@ -120,16 +88,16 @@ def test_sampled_requests_answer_as_in_process(service, server):
         assert (mine[-1].finish_reason, mine[-1].completion_tokens) == ("length", 20)
 
 
-def test_stop_strings_end_the_text_before_them(service, server):
+def test_stop_strings_end_the_text_before_them(service, real_server):
     whole = _expected(service, "def main(", max_tokens=40, ignore_eos=True).text
     stop = whole[12:15]
-    with Client(server.address) as client:
+    with Client(real_server.address) as client:
         chunks = list(client.generate("def main(", max_tokens=40, ignore_eos=True, stop=[stop]))
     assert "".join(c.text for c in chunks) == whole[:whole.index(stop)]
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_nothing_compiles_after_ready(service, server, stub):
+def test_nothing_compiles_after_ready(service, real_server, stub):
     compiles = []
 
     def listen(event: str, _seconds: float, **_rest) -> None:
@@ -140,7 +108,7 @@ def test_nothing_compiles_after_ready(service, server, stub):
     jax.jit(lambda x: x + 17)(3)
     assert compiles, "the counter counts"
     compiles.clear()
-    with Client(server.address) as client:
+    with Client(real_server.address) as client:
         for fields in ({}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_p": 0.3},
                        {"seed": 5, "temperature": 2.0}, {"stop": ["zz"]}, {"ignore_eos": True}, {"logprobs": True}):
             for prompt in PROMPTS:
@@ -150,8 +118,8 @@ def test_nothing_compiles_after_ready(service, server, stub):
 
 
 @pytest.mark.parametrize("leave", ["cancel", "deadline", "disconnect"])
-def test_a_client_that_goes_away_frees_its_pages_before_the_second_step(service, server, slow_steps, leave):
-    channel = grpc.insecure_channel(server.address)
+def test_a_client_that_goes_away_frees_its_pages_before_the_second_step(service, real_server, slow_steps, leave):
+    channel = grpc.insecure_channel(real_server.address)
     stub = ForeignStub(channel)
     call = stub.Decode(stub.text_request("import os", max_tokens=400, num_samples=2),
                        timeout=1.55 if leave == "deadline" else None)
@@ -229,3 +197,12 @@ def test_a_failed_step_ends_its_requests_and_nothing_else(service, stub, monkeyp
     assert "the device stumbled" in caught.value.details()
     assert stub.is_live()
     assert _collect(stub.Decode(stub.text_request("x = 1", max_tokens=12)))[1] == expected
+
+
+def test_more_samples_than_can_ever_wait_are_refused_for_good(service, stub):
+    most = service.max_requests
+    assert most == MAX_ROWS + MAX_QUEUE
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Decode(stub.text_request("x = 1", max_tokens=2, num_samples=most + 1)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"num_samples={most + 1} must lie between 1 and {most}" in caught.value.details()

@@ -32,6 +32,11 @@ def test_every_sampling_field_arrives(server, client):
         (SamplingParams(sample=i, **expected), -5) for i in range(2)]
 
 
+def test_a_single_stop_string_may_be_given_as_it_is(server, client):
+    list(client.generate("ab", max_tokens=1, stop="ab"))
+    assert server.service.submitted[0][1].stop == ("ab",)
+
+
 def test_defaults_are_greedy_and_as_many_as_fit(server, client):
     stream = client.generate("ab")
     next(stream)
@@ -76,6 +81,8 @@ def test_samples_end_each_for_itself(server, client):
     ({"max_tokens": -1}, "max_tokens"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["x"] * 100}, "stop"),
+    ({"stop": ["x" * 1025]}, "strings of 1 to 1024 characters"),
+    ({"stop": ["é" * 1024] * 17}, "stop"),
     ({"num_samples": 65}, "num_samples"),
 ])
 def test_values_out_of_range_are_refused_by_name(client, fields, said):

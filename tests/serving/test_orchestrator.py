@@ -118,8 +118,27 @@ def test_bytes_that_are_no_request_are_refused(server):
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as caught:
             list(decode(b"x" * (MAX_MESSAGE_BYTES + 1)))
-        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own
         assert ForeignStub(channel).is_live()
+
+
+@pytest.mark.parametrize(("length", "said"), [
+    (20_000, "the prompt has at least 10001 tokens; at most 9999 fit"),
+    (30 << 20, "the request has 62914570 bytes, more than any prompt that fits: at most 9999 tokens"),
+])
+def test_a_text_that_cannot_fit_is_refused_unread(server, stub, monkeypatch, length, said):
+    monkeypatch.setattr(server.service, "encode", lambda *_args, **_fields: pytest.fail("tokenized"))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Decode(stub.text_request("é" * length)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith(said)
+
+
+def test_what_a_refusal_quotes_is_cut(stub):
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Decode(stub.text_request("ab", lora_adapter_id="é" * 100_000)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("lora_adapter_id='éé") and len(caught.value.details()) < 1000
 
 
 def test_long_text_is_answered_too(stub):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,22 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     assert _listing(run_dir) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_compiles_ends_it_at_once(run_dir, tmp_path, monkeypatch, number):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # or there would be nothing to compile
+    process = subprocess.Popen(_command(run_dir), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout.readline().startswith("loaded ")
+        began = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert time.monotonic() - began < 2
+    assert process.returncode == 0 and "ready" not in out and "Traceback" not in err
+
+
 @pytest.mark.parametrize(("damage", "flags", "said"), [
     (lambda run: shutil.rmtree(run), (), "is not a run directory"),
     (lambda run: (run / "tokenizer.model").unlink(), (), "no tokenizer"),
@@ -97,6 +114,8 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     (lambda run: None, ("--num_pages=1",), "num_pages=1"),
     (lambda run: None, ("--decode_top_p=0",), "top_p must be"),
     (lambda run: None, ("--grace_seconds=-1",), "grace_seconds=-1"),
+    (lambda run: None, ("--dtype=bf16",), "dtype must be float32 or bfloat16, not 'bf16'"),
+    (lambda run: None, ("--dtype=float64",), "dtype must be float32 or bfloat16, not 'float64'"),
 ])
 def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, said):
     copy = tmp_path / "run"

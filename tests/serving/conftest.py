@@ -1,0 +1,43 @@
+"""A real engine for the door's tests, compiled once: a small model of random weights."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from llm_jax.data.tokenizer_training import train_tokenizer
+from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.service import Service
+from llm_jax.models import Decoder, ModelConfig, init_params
+from tests.serving.doubles import RunningServer, wait_until
+
+MAX_ROWS, MAX_QUEUE, MAX_CONTEXT = 4, 4, 512
+
+
+@pytest.fixture(scope="session")
+def service():
+    tokenizer = train_tokenizer(["def main():\n    return 你好\n", "import os, sys\n"] * 20, 320)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2,
+                         head_dim=8, mlp_dim=64, max_context=MAX_CONTEXT)
+    params = jax.jit(lambda key: init_params(Decoder(config), key))(jax.random.key(3))
+    options = EngineConfig(max_rows=MAX_ROWS, prefill_rows=1, chunk=16, page_size=8, num_pages=256, dtype="float32")
+    engine = Engine(config, params, options)
+    engine.compile()
+    service = Service(engine, tokenizer, max_queue=MAX_QUEUE)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def real_server(service):
+    """A server over `service`; afterwards, nothing of what it was asked may be left in the engine."""
+    running = RunningServer(service)
+    yield running
+    # Stop the door alone: draining would end the engine that the next test uses.
+    service.begin_drain = lambda: None
+    try:
+        running.run(running.server.stop(0))
+    finally:
+        del service.begin_drain
+        running.end()
+    assert wait_until(lambda: not any(service.stats()[name] for name in ("pages_used", "running", "waiting")))
