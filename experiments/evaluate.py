@@ -34,7 +34,7 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     """
     import itertools
 
-    from llm_jax import compile_cache, runs
+    from llm_jax import compile_cache, runs, storage
     from llm_jax.data.documents import load_manifest, read_documents
     from llm_jax.data.windows import evaluation_windows, read_text_document
     from llm_jax.errors import UserError
@@ -57,6 +57,9 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
         folder = data_dir or run.manifest.get("data_dir")
         if folder is None:
             raise UserError(f"{run_dir} does not say what it was trained on: give --data_dir or --text")
+        if data_dir is None and not storage.as_path(folder).exists():
+            raise UserError(f"{folder}, the data that {run_dir} was trained on, is gone: give --data_dir=DIR for where "
+                            "it is now, or --text=FILE for a text to measure")
         manifest = load_manifest(folder, verify=False)
         if data_dir is None and manifest["data_hash"] != run.manifest.get("data_hash"):
             raise UserError(f"{folder} is no longer the corpus that {run_dir} was trained on; give --data_dir to use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import sys
@@ -18,7 +19,7 @@ EXAMPLES = (
 
 
 def generate(run_dir: str, prompt: str, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int | None = None, stop: tuple[str, ...] = (), ignore_eos: bool = False,
+             top_p: float = 1.0, seed: int | None = None, stop: str | tuple[str, ...] = (), ignore_eos: bool = False,
              json: bool = False) -> None:
     """Prints the continuation; with `json` an object with `text`, `token_ids`, `logprobs`, `finish_reason` and counts.
 
@@ -30,16 +31,18 @@ def generate(run_dir: str, prompt: str, max_tokens: int = 128, temperature: floa
       top_k: draw among the k most likely tokens; 0 is off
       top_p: draw among the fewest tokens that sum to this probability; 1 is off
       seed: draws repeat with the same seed; by default a fresh one
-      stop: strings that end the text, as ('a', 'b')
+      stop: string that ends the text, or several as ('a', 'b')
       ignore_eos: go on after the end token
       json: print one JSON object
     """
-    from llm_jax import compile_cache, runs
+    from llm_jax import runs
 
-    compile_cache.enable_compile_cache()
     text = sys.stdin.read() if prompt == "-" else prompt
-    got = runs.load(run_dir).complete(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                      seed=seed, stop=tuple(stop), ignore_eos=ignore_eos)
+    with runs.load(run_dir) as run:
+        got = run.complete(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                           stop=stop, ignore_eos=ignore_eos)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     print(_as_json(got) if json else got.text)
 
 

@@ -8,14 +8,18 @@ A checkpoint is written under a temporary name and renamed when it is complete, 
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+from llm_jax import storage
 from llm_jax.errors import UserError
 
 _PARAMS = "params"
@@ -45,10 +49,10 @@ class Checkpoints:
         if keep < 1 or save_every < 1:
             raise UserError(f"a run keeps at least one checkpoint and saves at most every step: keep={keep}, "
                             f"save_every={save_every}")
+        logging.getLogger("absl").addFilter(_is_not_raised_as_well)
         self._ocp = ocp
-        # Orbax writes to absolute paths only; a bucket's address is one.
-        location = epath.Path(directory)
-        self.directory = location if "://" in str(directory) else epath.Path(location.expanduser().absolute())
+        self._has_failed = False
+        self.directory = storage.located(directory)  # Orbax writes to absolute paths only
         self.read_only = read_only
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints at {self.directory}: is it a run directory?")
@@ -92,6 +96,9 @@ class Checkpoints:
 
         Returns:
           Whether a checkpoint was begun.
+
+        Raises:
+          UserError: this one, or the one that was begun before, can't be written.
         """
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
@@ -100,7 +107,8 @@ class Checkpoints:
                  "extra": args.JsonSave(extra or {})}
         if rest := _without_params(state):
             items["state"] = args.StandardSave(rest)
-        return self._manager.save(step, force=force, args=args.Composite(**items))
+        with self._writing():
+            return self._manager.save(step, force=force, args=args.Composite(**items))
 
     def restore(self, abstract_state: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], int, dict]:
         """Reads a whole checkpoint.
@@ -152,18 +160,38 @@ class Checkpoints:
         return restored["params"]
 
     def wait(self) -> None:
-        """Returns when everything that `save` began is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that `save` began is complete on disk; a UserError if it can't be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the background threads."""
-        self._manager.close()
+        """Waits, and lets go of the background threads; a UserError as `wait`, unless it was raised before."""
+        had_failed = self._has_failed
+        try:
+            with self._writing():
+                self._manager.close()
+        except UserError:
+            if not had_failed:
+                raise
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """UserError for what the file system refuses, such as a full disk; TensorStore reports that as a ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._has_failed = True
+            if not (reason := _refusal(error)):
+                raise
+            last = max(self._manager.all_steps(), default=None)
+            have = "there is none yet" if last is None else f"the last complete one is that of step {last}"
+            raise UserError(f"can't write a checkpoint to {self.directory}: {reason}; {have}") from error
 
     def _step(self, step: int | None) -> int:
         steps = self.steps()
@@ -176,12 +204,14 @@ class Checkpoints:
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            others = [other for other in self.steps() if other != step]
-            hint = f"remove it to use that of step {others[-1]}" if others else "there is no other"
-            raise UserError(f"checkpoint {self.directory / str(step)} can't be read, it is damaged or incomplete "
-                            f"({reason[:300]}); {hint}") from error
+        except Exception as error:  # Orbax raises bare Exceptions too, with TensorStore's error as their cause
+            cause = error.__cause__ or error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        _end_reads()
+        others = [other for other in self.steps() if other != step]
+        hint = f"remove it to use that of step {others[-1]}" if others else "there is no other"
+        raise UserError(f"checkpoint {self.directory / str(step)} can't be read, it is damaged or incomplete "
+                        f"({reason[:300]}); {hint}")
 
     def _saved_shapes(self, step: int, item: str) -> Any:
         def read() -> Any:
@@ -204,6 +234,28 @@ class Checkpoints:
         for name, shape in saved.items():
             if name not in expected:
                 raise UserError(f"{where}{name} of shape {shape} is in it and has no place here")
+
+
+def _end_reads() -> None:
+    """Ends what Orbax had begun to read beside what failed; otherwise each says so in a traceback when Python ends."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the operating system said, or None if the error is not one of its."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _is_not_raised_as_well(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs of errors that it also raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _without_params(state: dict[str, Any]) -> dict[str, Any]:

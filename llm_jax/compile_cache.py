@@ -10,11 +10,7 @@ from typing import Any
 
 import jax
 
-
-def cache_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/llm_jax`, or `~/.cache/llm_jax`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "llm_jax"
+from llm_jax import storage
 
 
 def enable_compile_cache() -> pathlib.Path | None:
@@ -30,12 +26,12 @@ def enable_compile_cache() -> pathlib.Path | None:
     if chosen := config.jax_compilation_cache_dir:
         return pathlib.Path(chosen)
     try:
-        directory = cache_directory() / "xla" / _processor()
+        directory = storage.cache_dir() / "xla" / _processor()
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except (OSError, RuntimeError):  # a read-only or missing home
+    except OSError:  # a read-only or missing home
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

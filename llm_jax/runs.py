@@ -116,7 +116,8 @@ class Run:
         available = memory.free_bytes() if available_bytes is None else available_bytes
         memory.check_weights_fit(self.config, itemsize, available)
         left = available - self.config.num_params() * itemsize
-        return Engine(self.config, self.load_params(dtype), options, available_bytes=left), tokenizer
+        params = self.load_params(dtype)
+        return Engine(self.config, params, options, available_bytes=left, free_params=True), tokenizer
 
     def generate(self, prompt: str, max_tokens: int = 128, temperature: float = 0.0, **sampling: Any) -> str:
         """Continues `prompt`; the text alone, without the prompt.
@@ -139,13 +140,26 @@ class Run:
 
     @functools.cached_property
     def _service(self) -> Any:
-        from llm_jax.inference.engine import EngineConfig
+        from llm_jax import compile_cache
+        from llm_jax.inference.generation import ALONE
         from llm_jax.inference.service import Service
 
-        # One row: a lone caller; the prompt goes in larger chunks as nobody waits beside it.
-        engine, tokenizer = self.engine(EngineConfig(max_rows=1, prefill_rows=1, chunk=128))
+        compile_cache.enable_compile_cache()
+        engine, tokenizer = self.engine(ALONE)
         engine.compile()
         return Service(engine, tokenizer)
+
+    def close(self) -> None:
+        """Ends the engine that `generate` started and lets go of its weights; a later `generate` makes another."""
+        service = self.__dict__.pop("_service", None)
+        if service is not None:
+            service.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def load(run_dir: epath.PathLike) -> Run:
@@ -156,7 +170,7 @@ def load(run_dir: epath.PathLike) -> Run:
     """
     from llm_jax.models import ModelConfig
 
-    directory = epath.Path(run_dir)
+    directory = storage.located(run_dir)
     path = directory / MODEL
     try:
         if not path.exists():
@@ -185,10 +199,10 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
     Raises:
       UserError: it cannot be written.
     """
-    directory = epath.Path(run_dir)
+    directory = storage.located(run_dir)
     try:
         (directory / LOGS).mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(directory / "tokenizer.model", epath.Path(tokenizer_path).read_bytes())
+        storage.write_atomically(directory / "tokenizer.model", storage.located(tokenizer_path).read_bytes())
         storage.write_atomically(directory / CONFIG, config_gin.encode())
         storage.write_atomically(directory / MANIFEST, _to_json(environment() | manifest))
         # Last: a directory with a model.json is a run directory.
@@ -200,7 +214,7 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
 
 def update_manifest(run_dir: epath.PathLike, **fields: Any) -> None:
     """Sets top-level fields of the manifest, atomically."""
-    path = epath.Path(run_dir) / MANIFEST
+    path = storage.located(run_dir) / MANIFEST
     storage.write_atomically(path, _to_json(_read_json(path) | fields))
 
 

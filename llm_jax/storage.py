@@ -6,18 +6,29 @@ import hashlib
 import os
 import pathlib
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _BLOCK = 1 << 20
 
 
 def as_path(path: str | os.PathLike) -> Any:
-    """`path` as a pathlib-like object; addresses such as `gs://…` go through etils.epath."""
+    """`path` as a pathlib-like object, `~` expanded; addresses such as `gs://…` go through etils.epath."""
     if "://" in os.fspath(path):
         from etils import epath  # not needed, and slow to import, for local paths
 
         return epath.Path(path)
-    return pathlib.Path(path)
+    return pathlib.Path(os.path.expanduser(path))
+
+
+def located(path: str | os.PathLike) -> epath.Path:
+    """`path` as an epath.Path that means the same from every folder: absolute, `~` expanded; addresses as they are."""
+    from etils import epath
+
+    path = as_path(path)
+    return epath.Path(path.absolute() if isinstance(path, pathlib.Path) else path)
 
 
 def write_atomically(path: Any, content: bytes) -> None:

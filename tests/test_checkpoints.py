@@ -174,6 +174,24 @@ def test_a_damaged_checkpoint_is_named_with_what_to_go_back_to(copy, damage):
             checkpoints.restore_params(shapes(state()["params"]))
 
 
+@pytest.mark.parametrize("error, reason", [
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (ValueError("OUT_OF_RANGE: Failed to write 9 bytes to file 4 [os_error_code='27']"), "File too large"),
+])
+def test_a_checkpoint_that_cannot_be_written_is_one_message(copy, monkeypatch, error, reason):
+    """Whether it is noticed at once or, as usual, in the background; and it is raised once, not again on closing."""
+    def fail(*_, **__):
+        raise error
+
+    for method in ("save", "wait_until_finished"):
+        with pytest.raises(UserError, match=f"can't write a checkpoint to {copy}: {reason}; the last .* of step 6"):
+            with Checkpoints(copy) as checkpoints, monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, method, fail)
+                patch.setattr(checkpoints._manager, "close", fail)
+                checkpoints.save(7, state(), 70)
+                checkpoints.wait()
+
+
 def test_a_checkpoint_cut_off_while_it_was_written_is_not_seen(copy):
     partial = copy / "7.orbax-checkpoint-tmp"
     shutil.copytree(copy / "6", partial)

@@ -10,6 +10,7 @@ import threading
 import grain
 import numpy as np
 
+from llm_jax import storage
 from llm_jax.data.documents import DocumentStore, document_id
 from llm_jax.data.manifest import load_manifest
 from llm_jax.data.packing import Epoch, Packing
@@ -85,7 +86,7 @@ class TrainLoader:
         if config.batch_size % process_count:
             raise UserError(f"batch_size={config.batch_size} does not divide into {process_count} processes; make it a "
                             f"multiple of {process_count}")
-        data_dir = os.path.expanduser(config.data_dir)
+        data_dir = storage.as_path(config.data_dir)
         manifest = load_manifest(data_dir)
         self._config = config
         self._sources = list(manifest["sources"])

@@ -26,7 +26,7 @@ def load_manifest(data_dir: str | os.PathLike, verify: bool = True) -> dict:
     Raises:
       UserError: there is no manifest, it cannot be read, or a file is missing or damaged.
     """
-    path = pathlib.Path(data_dir) / FILE_NAME
+    path = storage.as_path(data_dir) / FILE_NAME
     try:
         manifest = json.loads(path.read_bytes())
         listed = manifest["files"]
@@ -54,7 +54,7 @@ def verify_shards(data_dir: str | os.PathLike, manifest: dict) -> None:
     Raises:
       UserError: naming the first file that is missing, truncated or altered.
     """
-    folder = pathlib.Path(os.path.abspath(data_dir))
+    folder = pathlib.Path(os.path.abspath(storage.as_path(data_dir)))
     total = 0
     stamps = {}
     for name, facts in manifest["files"].items():

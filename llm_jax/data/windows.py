@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from llm_jax import storage
 from llm_jax.data import cleaning, spool
 from llm_jax.data.documents import document_id
 from llm_jax.data.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def read_text_document(path: str | os.PathLike, tokenizer: Tokenizer) -> tuple[t
       UserError: the file cannot be read, is not UTF-8 or holds no text.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(storage.as_path(path), encoding="utf-8-sig", newline="") as file:
             text = cleaning.normalise(file.read())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

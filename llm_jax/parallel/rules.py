@@ -5,6 +5,7 @@ A new parallelism is a new table (and where needed a `shard_map`), not an edit i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,12 +111,34 @@ def process_rows(sharding: NamedSharding, num_rows: int) -> tuple[int, int]:
 
     Returns:
       (index, count): this process brings part `index` of `count` equal parts.
+
+    Raises:
+      UserError: the devices of a process hold rows that are not neighbours, or a part of another process's rows.
     """
     rows_of: dict[int, set[tuple[int, int]]] = {}
     places: dict[Any, Any] = dict(sharding.devices_indices_map((num_rows, 1)))
     for device, index in places.items():
         start, stop, _ = index[0].indices(num_rows)
         rows_of.setdefault(device.process_index, set()).add((start, stop))
-    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
-    mine = tuple(sorted(rows_of[jax.process_index()]))
-    return parts.index(mine), len(parts)
+    spans = {process: _span(process, sorted(rows)) for process, rows in rows_of.items()}
+    parts = sorted(set(spans.values()))
+    equal = [(i * num_rows // len(parts), (i + 1) * num_rows // len(parts)) for i in range(len(parts))]
+    if parts != equal:
+        raise UserError(f"the mesh gives processes the rows {_ranges(parts)} of {num_rows}, and they can only bring "
+                        f"equal parts; {_OTHER_MESH}")
+    return parts.index(spans[jax.process_index()]), len(parts)
+
+
+_OTHER_MESH = "choose data, fsdp and tensor so that each process's devices hold rows next to one another"
+
+
+def _span(process: int, rows: list[tuple[int, int]]) -> tuple[int, int]:
+    """The one range that the row ranges of a process make up."""
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(rows)):
+        raise UserError(f"the mesh gives process {process} the rows {_ranges(rows)}, which don't follow one another; "
+                        f"{_OTHER_MESH}")
+    return rows[0][0], rows[-1][1]
+
+
+def _ranges(rows: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}–{stop - 1}" for start, stop in rows)

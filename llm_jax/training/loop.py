@@ -8,6 +8,8 @@ A non-finite loss is noticed on the device in its own step (see `training.step.u
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import json
 import math
 import signal
@@ -18,9 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from llm_jax import compile_cache, runs
+from llm_jax import compile_cache, runs, storage
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.documents import load_manifest, read_documents
@@ -41,6 +42,7 @@ from llm_jax.training.step import ACTIVATION_RULES, check_batch_divides, make_tr
 
 _LAG = 2  # steps that may be under way before the host looks at their metrics
 _STOP_SYNC_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMED_DOCUMENTS = 16  # how many documents of a bad batch the error message names
 
 
@@ -107,12 +109,18 @@ def train(
     compile_cache.enable_compile_cache()
     run = _Run(run_dir, model, execution, data, optimizer, mesh, num_steps, seed, gradient_accumulation, z_loss,
                eval_batches)
-    with run:
-        run.create(manifest, config_text, settings, data_manifest)
-        with StopRequest() as stop:
-            return run.train(stop, log_every=log_every, eval_every=eval_every or num_steps, keep=keep,
-                             checkpoint_every=checkpoint_every,
-                             unigram_bits_per_byte=data_manifest.get("unigram_bits_per_byte"))
+    try:
+        with run:
+            run.create(manifest, config_text, settings, data_manifest)
+            with StopRequest() as stop:
+                return run.train(stop, log_every=log_every, eval_every=eval_every or num_steps, keep=keep,
+                                 checkpoint_every=checkpoint_every,
+                                 unigram_bits_per_byte=data_manifest.get("unigram_bits_per_byte"))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(f"can't write to the run directory {run.run_dir}: {error.strerror}; the same command goes on "
+                        "when there is room") from error
 
 
 class _Run:
@@ -122,7 +130,7 @@ class _Run:
                  optimizer: OptimizerConfig, mesh: MeshConfig, num_steps: int, seed: int, accumulation: int,
                  z_loss: float, eval_batches: int):
         """Checks that the parts fit, in the order of what it costs; nothing is written and nothing compiled."""
-        self.run_dir = epath.Path(run_dir)
+        self.run_dir = storage.located(run_dir)
         self.config, self.data, self.num_steps, self.seed = config, data, num_steps, seed
         self.mesh = make_mesh(mesh)
         check_batch_divides(data.batch_size, self.mesh, accumulation)
@@ -130,7 +138,9 @@ class _Run:
         self.tokenizer = tokenizer_lib.Tokenizer.load(data.data_dir)
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"ModelConfig.vocab_size={config.vocab_size} is smaller than the tokenizer's "
-                            f"{self.tokenizer.vocab_size} tokens in {data.data_dir}")
+                            f"{self.tokenizer.vocab_size} tokens in {data.data_dir}: give the model as many "
+                            f"(--gin.ModelConfig.vocab_size={self.tokenizer.vocab_size}), or prepare the text again "
+                            f"with --gin.VOCAB_SIZE={config.vocab_size} and another DATA_DIR")
         if data.row_length > config.max_context:
             raise UserError(f"DataConfig.row_length={data.row_length} is more than ModelConfig.max_context="
                             f"{config.max_context}")
@@ -152,21 +162,22 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for part in (self.reporter, self.loader, self.checkpoints):
-            if part is not None:
-                part.close()
+        with contextlib.ExitStack() as stack:  # each is closed whatever another's closing raises
+            for part in (self.checkpoints, self.loader, self.reporter):
+                if part is not None:
+                    stack.callback(part.close)
 
     def create(self, found: dict | None, config_text: str, settings: dict, data_manifest: dict) -> None:
         """Writes the run directory's small files, once, on the lead process; `found` is the manifest that is there."""
         self.metrics = dict((found or {}).get("metrics", {}))
         if found is None and distributed.is_lead():
             manifest = {
-                "settings": settings, "seed": self.seed, "data_dir": str(self.data.data_dir),
+                "settings": settings, "seed": self.seed, "data_dir": str(storage.located(self.data.data_dir)),
                 "data_hash": data_manifest["data_hash"], "mesh": dict(self.mesh.shape), "num_steps": self.num_steps,
                 "devices": f"{self.mesh.size} × {jax.devices()[0].device_kind}", "processes": jax.process_count(),
                 "parameters": self.config.num_params(), "metrics": {}, "finished_steps": 0,
             }
-            tokenizer_path = epath.Path(self.data.data_dir) / tokenizer_lib.FILE_NAME
+            tokenizer_path = storage.located(self.data.data_dir) / tokenizer_lib.FILE_NAME
             runs.create(self.run_dir, self.config, tokenizer_path, config_text, manifest)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
@@ -198,7 +209,7 @@ class _Run:
                 self.reporter.step(step, host)
                 if step == first + 1:
                     self.reporter.say(f"the first step took {time.perf_counter() - began:.1f} s, most of it compiling")
-                elif step % log_every == 0 or step == self.num_steps:
+                if step % log_every == 0 or step == self.num_steps:
                     self.reporter.interval(step, host)
 
         evaluated = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -12,11 +13,12 @@ from typing import Any
 import jax
 from etils import epath
 
-# Dense bfloat16 peak of one chip, FLOP/s, by the start of `jax.Device.device_kind` (longest match wins). Sources: the
+# Dense bfloat16 peak of one JAX device, FLOP/s, by the first words of `jax.Device.device_kind` (longest match wins). A
+# device is a chip, but for TPU v2 and v3 (one of a chip's two cores) and TPU7x (one of its two chiplets). Sources: the
 # Google Cloud TPU system pages and NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {
-    "TPU v2": 45e12,
-    "TPU v3": 123e12,
+    "TPU v2": 45e12 / 2,
+    "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
     "TPU v5": 459e12,
@@ -25,7 +27,7 @@ PEAK_FLOPS = {
     "TPU v5e": 197e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
@@ -33,6 +35,7 @@ PEAK_FLOPS = {
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
     "Tesla V100": 125e12,
     "Tesla T4": 65e12,
@@ -41,7 +44,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak FLOP/s of one device in bfloat16, or None where it isn't known (every CPU)."""
-    matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    matches = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}\b", device_kind)]  # \b: an L40 is no L4
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -123,7 +126,7 @@ class Reporter:
             purge_step = first_step + 1 if first_step else None
             self._writer = tensorboardX.SummaryWriter(str(self._logs), purge_step=purge_step, flush_secs=10)
         except ImportError:
-            pass
+            self.say("note: tensorboardX is not installed, so metrics go to logs/metrics.jsonl and not to TensorBoard")
         self._lines = _JsonLines(self._logs / "metrics.jsonl", first_step)
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -166,13 +169,9 @@ class Reporter:
         """Reports the interval that ends with `step` (updates applied), and begins the next.
 
         Returns:
-          What was written: the step's metrics with perplexity, speed, utilisation, memory.
+          What was written: the step's metrics with perplexity, speed, utilisation, memory. The first step of a process
+          has no speed.
         """
-        elapsed = max(time.perf_counter() - self._interval_start - self._paused, 1e-9)
-        steps = max(step - self._interval_step, 1)
-        speed = self._interval_tokens / elapsed
-        self._speed = speed
-        left = (self._num_steps - step) * elapsed / steps
         loss = float(metrics["loss"])
         row = {
             "loss": loss,
@@ -180,24 +179,30 @@ class Reporter:
             "learning_rate": float(metrics["learning_rate"]),
             "grad_norm": float(metrics["grad_norm"]),
             "param_norm": float(metrics["param_norm"]),
-            "tokens_per_second": speed,
-            "seconds_per_step": elapsed / steps,
         }
         if float(metrics.get("z_loss", 0.0)):
             row["z_loss"] = float(metrics["z_loss"])
-        utilisation = model_flops_utilisation(speed, self._flops_per_token, self._device_kind, self._num_devices)
-        if utilisation is not None:
-            row["model_flops_utilisation"] = utilisation
+        speed, left = "", math.inf
+        if steps := step - self._interval_step:  # not after the process's first step alone
+            elapsed = max(time.perf_counter() - self._interval_start - self._paused, 1e-9)
+            left = (self._num_steps - step) * elapsed / steps
+            self._timed_tokens += self._interval_tokens
+            self._seconds += elapsed
+            self._speed = self._interval_tokens / elapsed
+            row |= {"tokens_per_second": self._speed, "seconds_per_step": elapsed / steps}
+            speed = f"  {self._speed:,.0f} tokens/s"
+            utilisation = model_flops_utilisation(self._speed, self._flops_per_token, self._device_kind,
+                                                  self._num_devices)
+            if utilisation is not None:
+                row["model_flops_utilisation"] = utilisation
+                speed += f"  mfu {utilisation:.1%}"
         memory = memory_in_use()
         row |= {f"memory_{where}_gib": gib for where, gib in memory.items()}
-        self._timed_tokens += self._interval_tokens
-        self._seconds += elapsed
         self.write("train", step, row)
-        mfu = "" if utilisation is None else f"  mfu {utilisation:.1%}"
         used = "".join(f"  {where} {gib:.1f} GiB" for where, gib in memory.items())
         self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
-                 f"ppl {row['perplexity']:,.1f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}  "
-                 f"{speed:,.0f} tokens/s{mfu}{used}  left {clock(left)}")
+                 f"ppl {row['perplexity']:,.1f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}"
+                 f"{speed}{used}  left {clock(left)}")
         self._begin_interval(step)
         return row
 

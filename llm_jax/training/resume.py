@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from llm_jax import runs
+from llm_jax import runs, storage
 from llm_jax.errors import UserError
 
 
@@ -52,7 +52,7 @@ def check_same(run_dir: epath.PathLike, saved: Mapping[str, Any], wanted: Mappin
 
 def read_manifest(run_dir: epath.PathLike) -> dict[str, Any] | None:
     """The manifest of the run in `run_dir`, or None where there is no run yet."""
-    directory = epath.Path(run_dir)
+    directory = storage.located(run_dir)
     try:
         if not (directory / runs.MODEL).exists():  # it is written last: without it the others may be incomplete
             return None
@@ -65,7 +65,7 @@ def read_manifest(run_dir: epath.PathLike) -> dict[str, Any] | None:
 
 def check_writable(run_dir: epath.PathLike) -> None:
     """UserError unless `run_dir` exists, or can be made, and can be written to; asked before anything takes time."""
-    directory = epath.Path(run_dir)
+    directory = storage.located(run_dir)
     probe = directory / f".writable-{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

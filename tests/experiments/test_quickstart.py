@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from experiments import cli, quickstart
+from llm_jax import runs
 from llm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -73,6 +74,17 @@ def test_a_stop_that_fails_ends_it(monkeypatch, capsys):
         quick.run()
 
 
+def check_that_a_second_evaluation_is_spared(folder, result):
+    quick = quickstart.Quickstart([], [], {"RUN_DIR": str(folder / "run"), "DATA_DIR": str(folder / "data")})
+    called = []
+    quick._call = lambda *args, **options: called.append(args) or '{"loss": 1.0}'
+    assert quick._evaluate() == result and not called
+    runs.update_manifest(folder / "run", finished_steps=61)
+    assert quick._evaluate() == {"loss": 1.0} and len(called) == 1
+    assert quick._evaluate() == {"loss": 1.0} and len(called) == 1
+    runs.update_manifest(folder / "run", finished_steps=60)
+
+
 def test_from_a_folder_of_chinese_to_a_served_model(tmp_path):
     """Everything `make quickstart` does after the install, on a text that is learnt at once, from another folder."""
     corpus = tmp_path / "诗"
@@ -93,6 +105,7 @@ def test_from_a_folder_of_chinese_to_a_served_model(tmp_path):
     assert done.stdout.count("first token after") == 4 and "tokens/s" in done.stdout
     result = json.loads(re.search(r'^\{.*"bits_per_byte".*\}$', done.stdout, re.M)[0])
     assert result["bits_per_byte"] <= 0.75 * result["unigram_bits_per_byte"]
+    check_that_a_second_evaluation_is_spared(tmp_path, result)
     assert (tmp_path / "run" / "config.gin").is_file() and (tmp_path / "run" / "model.json").is_file()
     replay = subprocess.run([sys.executable, str(ROOT / "experiments" / "train.py"), "--gin_file", "run/config.gin"],
                             cwd=tmp_path, text=True, encoding="utf-8", capture_output=True, check=False,

@@ -13,7 +13,11 @@ from experiments import cli, gin_checks, gin_config, gin_reader
 from llm_jax import models
 from llm_jax.data.prepare import prepare
 from llm_jax.models import ModelConfig
+from llm_jax.parallel.mesh import MeshConfig, make_mesh
 from llm_jax.training.loop import train
+from llm_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from llm_jax.training.state import abstract_state, state_shardings
+from llm_jax.training.step import ACTIVATION_RULES, check_batch_divides, update
 
 FILES = sorted(str(p.relative_to(gin_reader.ROOT)) for p in (gin_reader.ROOT / "gin").rglob("*.gin"))
 ROOTS = {"models": ModelConfig, "data": prepare, "runs": train}
@@ -62,7 +66,11 @@ def test_file_begins_with_what_it_is_for(file):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("gin/runs/")])
-def test_rows_fit_the_model(file):
+def test_a_step_builds_abstractly(file):
+    """Rows fit the model and divide, and state and step have shapes; no memory is taken.
+
+    On eight devices, or on one where the file says "all there are": a batch for one's own machine need not divide by 8.
+    """
     config = linked(file)
     made = {}
     gin.clear_config()
@@ -70,16 +78,40 @@ def test_rows_fit_the_model(file):
     for _, target, _ in config.walk():
         if target is not config.root:
             made[target.__name__] = gin.get_configurable(target)()
-    assert made["DataConfig"].row_length <= made["ModelConfig"].max_context
+    data, rate = made["DataConfig"], made["OptimizerConfig"]
+    assert data.row_length <= made["ModelConfig"].max_context
+    given = {name: config.plain(found[-1].value) for name, found in config.settings_of("", train).items()
+             if name in ("num_steps", "gradient_accumulation")}
+    accumulation = given.get("gradient_accumulation", 1)
+    mesh = make_mesh(MeshConfig() if made["MeshConfig"].data == -1 else made["MeshConfig"])
+    check_batch_divides(data.batch_size, mesh, accumulation)
+    model = models.Decoder(made["ModelConfig"], made["Execution"])
+    optimizer = make_optimizer(rate, given["num_steps"], decay_mask(models.logical_axes(model)))
+    shardings = state_shardings(model, optimizer, mesh)
+    state = abstract_state(model, optimizer, shardings)
+    row = jax.ShapeDtypeStruct((data.batch_size, data.row_length), "int32")
+    schedule = learning_rate_schedule(rate, given["num_steps"])
+    with jax.set_mesh(mesh), models.activation_rules(ACTIVATION_RULES):
+        after, metrics = jax.eval_shape(
+            lambda state, batch: update(model, optimizer, schedule, state, batch, accumulation=accumulation, mesh=mesh,
+                                        param_shardings=shardings.params),
+            state, dict.fromkeys(("tokens", "segment_ids", "positions"), row))
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+    assert metrics["loss"].shape == ()
 
 
-def test_the_quickstart_s_data_fits_its_model():
-    data, run = linked("gin/data/quickstart.gin"), linked("gin/runs/quickstart.gin")
-    value = {c: c.plain(gin_reader.Macro("DATA_DIR")) for c in (data, run)}
-    assert value[data] == value[run] == "data/quickstart"
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("gin/data/")])
+def test_the_vocabulary_fits_the_small_models(file):
+    """What a data file makes by default, training with defaults takes."""
+    data = linked(file)
     vocabulary = data.plain(data.settings_of("", prepare)["vocab_size"][-1].value)
     assert vocabulary <= model_of("quickstart").vocab_size
     assert vocabulary <= model_of("tiny_debug").vocab_size
+
+
+def test_the_quickstart_trains_on_what_it_prepares():
+    data, run = linked("gin/data/quickstart.gin"), linked("gin/runs/quickstart.gin")
+    assert [c.plain(gin_reader.Macro("DATA_DIR")) for c in (data, run)] == ["data/quickstart"] * 2
 
 
 @pytest.mark.parametrize(("name", "published"), [

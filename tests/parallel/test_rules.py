@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -49,3 +51,41 @@ def test_each_process_brings_an_equal_share_of_the_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert rules.batch_shards(mesh) == 4
     assert rules.process_rows(rules.batch_sharding(mesh), 8) == (0, 1)
+
+
+class Device(NamedTuple):
+    process_index: int
+    number: int
+
+
+class Placed:
+    """A sharding of 8 rows over devices given as (process, first row, row after the last)."""
+
+    def __init__(self, *places):
+        self.places = places
+
+    def devices_indices_map(self, shape):
+        return {Device(process, number): (slice(start, stop), slice(None))
+                for number, (process, start, stop) in enumerate(self.places)}
+
+
+@pytest.mark.parametrize("places, shares", [
+    ([(0, 0, 2), (0, 2, 4), (1, 4, 6), (1, 6, 8)], [(0, 2), (1, 2)]),  # two processes with two devices
+    ([(1, 0, 4), (0, 4, 8)], [(1, 2), (0, 2)]),  # the mesh decides the order, not the processes' numbers
+    ([(0, 0, 4), (1, 0, 4), (2, 4, 8), (3, 4, 8)], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor axis over processes
+    ([(0, 0, 8), (1, 0, 8)], [(0, 1), (0, 1)]),
+])
+def test_shares_of_several_processes(places, shares, monkeypatch):
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert rules.process_rows(Placed(*places), 8) == share
+
+
+@pytest.mark.parametrize("places, message", [
+    ([(0, 0, 2), (1, 2, 4), (0, 4, 6), (1, 6, 8)], "gives process 0 the rows 0–1, 4–5, which don't follow one another"),
+    ([(0, 0, 2), (0, 2, 4), (1, 2, 4), (1, 4, 6), (2, 6, 8)], "processes the rows 0–3, 2–5, 6–7 of 8, .* equal parts"),
+    ([(0, 0, 2), (0, 2, 4), (0, 4, 6), (1, 6, 8)], "processes the rows 0–5, 6–7 of 8"),
+])
+def test_rows_that_a_process_cannot_bring_as_one_part(places, message):
+    with pytest.raises(UserError, match=message):
+        rules.process_rows(Placed(*places), 8)

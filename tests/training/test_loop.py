@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -142,9 +144,12 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(data_dir, tmp_path):
     stopped = int(re.search(r"SIGTERM: saved and stopped after step (\d+) of", errors).group(1))
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.steps() == [stopped]
-    arguments = settings(tmp_path / "run", data_dir, num_steps=stopped + 2, optimizer=OptimizerConfig(**optimizer))
-    loop.train(**arguments)
+    loop.train(**settings(tmp_path / "run", data_dir, num_steps=stopped + 2, optimizer=OptimizerConfig(**optimizer),
+                          log_every=1))
     assert saved_arrays(tmp_path / "run")["state['step']"] == stopped + 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, stopped + 3)), "the first step of a process is reported too"
 
 
 def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkpoint(data_dir, tmp_path, capsys):
@@ -188,6 +193,41 @@ def test_parts_that_do_not_fit_are_named(data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         loop.train(**settings(tmp_path / "run", data_dir, **changes(data_dir)))
     assert not (tmp_path / "run" / "model.json").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_says_what_to_do(data_dir, tmp_path):
+    with pytest.raises(UserError, match=r"300 is smaller .* 320 tokens .*\.vocab_size=320.*VOCAB_SIZE=300"):
+        loop.train(**settings(tmp_path / "run", data_dir, model=dataclasses.replace(MODEL, vocab_size=300)))
+
+
+def test_paths_below_home_and_from_elsewhere(data_dir, tmp_path, monkeypatch):
+    """`~` is expanded, and the manifest says where the data are whatever folder it is read from."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").symlink_to(data_dir)
+    loop.train(**settings("~/run", "~/corpus", num_steps=4, eval_batches=1))
+    assert not (tmp_path / "~").exists()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(
+        ["checkpoints", "config.gin", "logs", "manifest.json", "model.json", "tokenizer.model"])
+    run = runs.load("~/run")
+    assert run.manifest["data_dir"] == str(tmp_path / "corpus") and run.params
+    loop.train(**settings("run", "corpus", num_steps=4, eval_batches=1))  # finished: the same run by another name
+    with pytest.raises(UserError, match="holds no prepared data"):
+        loop.train(**settings("~/other", "~/nowhere"))
+
+
+def test_a_full_disk_is_one_message(data_dir, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(UserError, match="can't write a checkpoint to .*: No space left on device; there is none"):
+            loop.train(**settings(tmp_path / "run", data_dir, num_steps=5, eval_batches=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_jax.training.metrics._JsonLines.flush", full)
+        with pytest.raises(UserError, match="can't write to the run directory .*No space left on device"):
+            loop.train(**settings(tmp_path / "run", data_dir, num_steps=5, eval_batches=1))
 
 
 def test_the_first_signal_is_a_request_and_the_second_is_not():

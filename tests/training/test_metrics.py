@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ STEP = {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "param_norm": 9.0,
 @pytest.mark.parametrize("kind, peak", [
     ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("cpu", None)])
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA L40G", None), ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU7x", 1153.5e12), ("cpu", None)])
 def test_peaks_by_device_kind(kind, peak):
     assert peak_flops(kind) == peak
 
@@ -51,6 +54,25 @@ def test_a_resumed_report_replaces_what_came_after_its_checkpoint(tmp_path, caps
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 5 and said[0].startswith("step 2/8  loss 2.0000  ppl 7.4  lr 1.00e-03  grad 0.500")
+
+
+def test_a_first_step_alone_is_reported_without_a_speed(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 2, 0, flops_per_token=1.0, num_devices=1)
+    for step in (1, 2):
+        reporter.step(step, STEP)
+        row = reporter.interval(step, STEP)
+        assert ("tokens_per_second" in row) == ("seconds_per_step" in row) == (step == 2)
+    reporter.close()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 1/2  loss 2.0000") and "tokens/s" not in first and first.endswith("left ?")
+    assert "tokens/s" in second
+    assert reporter.totals()["trained_tokens"] == 200
+
+
+def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    Reporter(tmp_path, 2, 0, flops_per_token=1.0, num_devices=1).close()
+    assert re.fullmatch(r"note: tensorboardX is not installed.*metrics.jsonl.*\n", capsys.readouterr().err)
 
 
 def test_a_process_that_does_not_lead_writes_nothing(tmp_path, capsys):
