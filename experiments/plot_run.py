@@ -50,7 +50,7 @@ def plot(run_dir: str, out: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None),
              title=f"{run.directory.name}: {run.config.num_params() / 1e6:.1f} M parameters")
     if last.get("bits_per_byte"):
-        axes.annotate(f"{last['bits_per_byte']:.2f} bits per byte", (last["step"], last["loss"]), xytext=(-6, -16),
+        axes.annotate(f"{last['bits_per_byte']:.2f} bits per byte", (last["step"], last["loss"]), xytext=(0, 10),
                       textcoords="offset points", ha="right", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
