@@ -58,6 +58,8 @@ def run(main: Callable[[], int | None]) -> int:
     except UserError as error:
         # Gin adds the calls that led to an error on further lines.
         print(f"error: {str(error).split(chr(10) + '  In call to configurable')[0]}", file=sys.stderr)
+        # All is said: what background threads were at when it happened, such as Orbax's readers, would only bury it.
+        sys.unraisablehook = lambda _: None
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
