@@ -90,8 +90,6 @@ def _write(pool_GPSK: Array, new_NGK: Array, slot_N: Array) -> Array:
     # In the pool's own shape: XLA updates in place what it need not reshape, and copies the pool whole otherwise.
     page_N, offset_N = jnp.divmod(slot_N, pool_GPSK.shape[2])
     new_GNK = jnp.swapaxes(new_NGK, 0, 1).astype(pool_GPSK.dtype)
-    if slot_N.shape[0] == 1:  # a scatter of one index would become an update behind a bounds check: a copy again
-        return jax.lax.dynamic_update_slice(pool_GPSK, new_GNK[:, None], (0, page_N[0], offset_N[0], 0))
     return pool_GPSK.at[:, page_N, offset_N].set(new_GNK, mode="promise_in_bounds")
 
 

@@ -22,6 +22,24 @@ def sequence(i, prompt, new, priority=0):
     return Sequence(i, list(range(prompt)), prompt, new, priority)
 
 
+class Cache:
+    """What the pages hold, as the device would have written it."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def run(self, plan) -> None:
+        """Writes every chunk, having checked that all it attends to is where its pages say."""
+        for c in plan:
+            q = c.sequence
+            for position in range(c.start + c.count):
+                slot = q.pages[position // self.page_size], position % self.page_size
+                if position >= c.start:
+                    self.slots[slot] = q.id, position
+                assert self.slots.get(slot) == (q.id, position), "a token's keys are not in its pages"
+
+
 def check_invariants(s: Scheduler, plan) -> None:
     owned = [page for q in s.running for page in q.pages]
     assert len(owned) == len(set(owned)), "a page is owned twice"
@@ -57,6 +75,7 @@ def test_random_traces(seed, page_size, max_rows, prefill_rows, chunk, spare):
     s = make(-(-max_context // page_size) + spare, page_size, max_rows, prefill_rows, chunk, max_context)
     total = rng.randint(1, 15)
     arriving, finished, cancelled, everyone = total, [], [], {}
+    cache = Cache(page_size)
     for _ in range(3000):
         while arriving and rng.random() < 0.4:
             arriving -= 1
@@ -75,6 +94,7 @@ def test_random_traces(seed, page_size, max_rows, prefill_rows, chunk, spare):
             if not arriving:
                 break
             continue
+        cache.run(plan)
         finish_step(s, plan, finished)
     assert sorted(finished + cancelled) == list(range(total)), "someone never finished"
     assert s.pool.num_used == 0
