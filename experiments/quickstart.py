@@ -37,7 +37,7 @@ STOP_TIMEOUT_S = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stops in order; 0 if all went well and the model has learnt."""
+    """Runs the stops in order; 0 if all went well and, with settings as they are, the model has learnt."""
     signal.signal(signal.SIGTERM, _terminated)
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = cli.parse(arguments, shorthand=True)
@@ -257,9 +257,14 @@ class Quickstart:
               f"  python -m experiments.generate --run_dir={run_dir} --prompt={prompt} --max_tokens=64\n"
               f"  python -m experiments.train --num_steps=2000 --run_dir=runs/longer  # --help: all settings\n"
               f"  make quickstart CORPUS=/a/folder/of/text  # your own text, in runs/text")
-        if not has_learnt:
-            print(f"error: {model:.3f} bits per byte is more than {LEARNT} × {unigram:.3f}", file=sys.stderr)
-        return 0 if has_learnt else 1
+        if has_learnt:
+            return 0
+        if self.prepare_flags or self.train_flags:
+            print("\nNot yet: another corpus, or fewer steps, may need --num_steps=N for a larger N (and another "
+                  "--run_dir), or more text.")
+            return 0
+        print(f"error: {model:.3f} bits per byte is more than {LEARNT} × {unigram:.3f}", file=sys.stderr)
+        return 1
 
 
 class _Watchdog:

@@ -64,6 +64,9 @@ def test_learning_is_judged(capsys):
     quick = quickstart.Quickstart([], [], {"RUN_DIR": "runs/a b", "DATA_DIR": "d"})
     assert quick._conclude({"bits_per_byte": 1.5, "unigram_bits_per_byte": 2.0}, "a b\n") == 0
     out = capsys.readouterr().out
+    tried = quickstart.Quickstart(["--gin.CORPUS=/mine"], [], {"RUN_DIR": "r", "DATA_DIR": "d"})
+    assert tried._conclude({"bits_per_byte": 1.6, "unigram_bits_per_byte": 2.0}, "x") == 0  # advice, not a failure
+    assert "--num_steps" in capsys.readouterr().out
     assert "1.500" in out and "2.000" in out and "0.750" in out and "--run_dir='runs/a b'" in out
     assert quick._conclude({"bits_per_byte": 1.51, "unigram_bits_per_byte": 2.0}, "a b\n") == 1
 
