@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -143,7 +144,7 @@ class Client:
           UserError: an argument does not fit its field.
           RequestFailed: the server refused the request or could not finish it.
         """
-        try:
+        with _checked():
             request = messages.GenerateRequest(
                 sampling=messages.Sampling(
                     max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
@@ -155,8 +156,6 @@ class Client:
             else:
                 request.token_ids.ids.extend(prompt)
                 request.token_ids.SetInParent()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the request can't be sent: {error}") from None
         for response in self._stream(messages.INFERENCE, "Generate", request, messages.GenerateResponse):
             ended = response.HasField("usage")
             yield Chunk(
@@ -169,16 +168,14 @@ class Client:
     def decode(self, prompt: str | Sequence[int], *, max_tokens: int = 0, num_samples: int = 1, has_bos: bool = False,
                priority: int = 0) -> Iterator[Chunk]:
         """The same over the JetStream protocol, which leaves sampling to the server and says nothing at the end."""
-        request = messages.DecodeRequest(max_tokens=max_tokens, num_samples=num_samples, has_bos=has_bos,
-                                         priority=priority)
-        try:
+        with _checked():
+            request = messages.DecodeRequest(max_tokens=max_tokens, num_samples=num_samples, has_bos=has_bos,
+                                             priority=priority)
             if isinstance(prompt, str):
                 request.text_content.text = prompt
             else:
                 request.token_content.token_ids.extend(prompt)
                 request.token_content.SetInParent()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the request can't be sent: {error}") from None
         for response in self._stream(messages.ORCHESTRATOR, "Decode", request, messages.DecodeResponse):
             for index, sample in enumerate(response.stream_content.samples):
                 if sample.text or sample.token_ids:
@@ -204,6 +201,15 @@ class Client:
     def _failure(self, error: grpc.RpcError) -> RequestFailed:
         code = error.code()
         return RequestFailed(code, f"{self._address} answered {code.name}: {error.details()}")
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """UserError for a value that its field of the message can't hold."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the request can't be sent: {error}") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

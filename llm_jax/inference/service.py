@@ -241,9 +241,12 @@ class Service:
     def _finish(self, request: _Request, delta: Delta) -> None:
         del self._requests[request.sequence.id]
         self._scheduler.remove(request.sequence)
+        self._tell_last(request, delta)
+        self._changed.notify_all()
+
+    def _tell_last(self, request: _Request, delta: Delta) -> None:
         usage = Usage(request.sequence.num_prompt, request.completion_tokens)
         self._tell(request, dataclasses.replace(delta, usage=usage))
-        self._changed.notify_all()
 
     def _tell(self, request: _Request, delta: Delta) -> None:
         try:
@@ -260,9 +263,8 @@ class Service:
             failed, self._requests = self._requests, {}
             self._scheduler = self._make_scheduler()
             for request in failed.values():
-                usage = Usage(request.sequence.num_prompt, request.completion_tokens)
-                self._tell(request, Delta(finish_reason="error", usage=usage,
-                                          error=f"the step failed: {type(error).__name__}: {error}"))
+                self._tell_last(request, Delta(finish_reason="error",
+                                               error=f"the step failed: {type(error).__name__}: {error}"))
             self._changed.notify_all()
             try:
                 self.engine.reset()

@@ -316,10 +316,8 @@ class _Run:
             good = f"the last good checkpoint is {self.run_dir / runs.CHECKPOINTS / str(last)} (step {last})"
         details = self.run_dir / runs.LOGS / f"not_finite_step_{index + 1}.json"
         if distributed.is_lead():
-            temporary = details.with_name(details.name + ".tmp")
-            temporary.write_text(json.dumps({"step": index + 1, "batch": index, "documents": documents,
-                                             "sources": self.loader.sources(index)}, indent=1))
-            temporary.replace(details)
+            facts = {"step": index + 1, "batch": index, "documents": documents, "sources": self.loader.sources(index)}
+            storage.write_atomically(details, json.dumps(facts, indent=1).encode())
         named = " ".join(documents[:_NAMED_DOCUMENTS])
         more = f" and {len(documents) - _NAMED_DOCUMENTS} more" if len(documents) > _NAMED_DOCUMENTS else ""
         raise UserError(f"the loss or its gradient is not finite at step {index + 1} (batch {index}): loss "

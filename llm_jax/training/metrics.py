@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from llm_jax import storage
+
 # Dense bfloat16 peak of one JAX device, FLOP/s, by the first words of `jax.Device.device_kind` (longest match wins). A
 # device is a chip, but for TPU v2 and v3 (one of a chip's two cores) and TPU7x (one of its two chiplets). Sources: the
 # Google Cloud TPU system pages and NVIDIA's data sheets (without sparsity).
@@ -260,9 +262,7 @@ class _JsonLines:
 
     def flush(self) -> None:
         began = time.monotonic()
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in self._lines))
-        temporary.replace(self._path)
+        storage.write_atomically(self._path, "".join(line + "\n" for line in self._lines).encode())
         # The longer a run's file, the more seldom it is written: never more than a twentieth of the time.
         self._write_after = time.monotonic() + max(5.0, 20 * (time.monotonic() - began))
 

@@ -1,7 +1,8 @@
-"""A real engine for the door's tests, compiled once: a small model of random weights."""
+"""The door's servers: one over a double of the engine, one over a real engine of random weights, compiled once."""
 
 from __future__ import annotations
 
+import grpc
 import jax
 import pytest
 
@@ -9,9 +10,27 @@ from llm_jax.data.tokenizer_training import train_tokenizer
 from llm_jax.inference.engine import Engine, EngineConfig
 from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig, init_params
-from tests.serving.doubles import RunningServer, wait_until
+from tests.serving.doubles import ForeignStub, RunningServer, running_server, wait_until
 
 MAX_ROWS, MAX_QUEUE, MAX_CONTEXT = 4, 4, 512
+
+
+@pytest.fixture
+def server():
+    """A server over a `FakeService`; a file whose tests want the real engine has a fixture of this name itself."""
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def channel(server):
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel):
+    return ForeignStub(channel)
 
 
 @pytest.fixture(scope="session")

@@ -15,23 +15,6 @@ from serving import messages
 from tests.serving.doubles import FakeService, ForeignStub, running_server, wait_until
 
 
-@pytest.fixture
-def server():
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture
-def channel(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield channel
-
-
-@pytest.fixture
-def stub(channel):
-    return ForeignStub(channel)
-
-
 def _text(responses) -> str:
     return "".join(r.stream_content.samples[0].text for r in responses)
 

@@ -20,14 +20,8 @@ PROMPTS = ["def main(", "", "你好，世界", "import os\nimport sys\n" * 8, "�
 
 
 @pytest.fixture
-def channel(real_server):
-    with grpc.insecure_channel(real_server.address) as channel:
-        yield channel
-
-
-@pytest.fixture
-def stub(channel):
-    return ForeignStub(channel)
+def server(real_server):
+    return real_server
 
 
 @pytest.fixture

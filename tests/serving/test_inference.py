@@ -8,13 +8,7 @@ import pytest
 from llm_jax.errors import UserError
 from llm_jax.inference.request import Delta, SamplingParams, Usage
 from serving.client import Client, RequestFailed
-from tests.serving.doubles import BOS, running_server, wait_until
-
-
-@pytest.fixture
-def server():
-    with running_server() as running:
-        yield running
+from tests.serving.doubles import BOS, wait_until
 
 
 @pytest.fixture

@@ -10,18 +10,6 @@ from serving.server import MAX_MESSAGE_BYTES
 from tests.serving.doubles import BOS, ForeignStub, running_server
 
 
-@pytest.fixture
-def server():
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield ForeignStub(channel)
-
-
 def _ids(text: str) -> list[int]:
     return [ord(c) + 3 for c in text]
 
