@@ -1,13 +1,16 @@
-"""The parts of a block: weights, projections, RMSNorm, rotary positions, the gated feed-forward layer."""
+"""The parts of a block: weights, projections, norms, the feed-forward layer."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from llm_jax.models.config import ModelConfig
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -46,45 +49,84 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Initializer:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · scale, in float32 whatever x's dtype (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · (offset + scale), in float32 whatever x's dtype (Zhang & Sennrich 2019,
+    arXiv:1910.07467)."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        scale_D = weight(self, "scale", nn.initializers.constant(1.0 - self.offset), (x_BTD.shape[-1],), ("norm",))
+        x32_BTD = x_BTD.astype(jnp.float32)
+        inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
+        scale_D = scale_D.astype(jnp.float32)
+        return (x32_BTD * inverse_BT1 * (scale_D + self.offset if self.offset else scale_D)).astype(x_BTD.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / sqrt(variance + eps) · scale + bias, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        scale_D = weight(self, "scale", nn.initializers.ones_init(), (x_BTD.shape[-1],), ("norm",))
+        d = x_BTD.shape[-1]
+        scale_D = weight(self, "scale", nn.initializers.ones_init(), (d,), ("norm",))
+        bias_D = weight(self, "bias", nn.initializers.zeros_init(), (d,), ("norm",))
         x32_BTD = x_BTD.astype(jnp.float32)
-        inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
-        return (x32_BTD * inverse_BT1 * scale_D.astype(jnp.float32)).astype(x_BTD.dtype)
+        centred_BTD = x32_BTD - jnp.mean(x32_BTD, axis=-1, keepdims=True)
+        inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(centred_BTD), axis=-1, keepdims=True) + self.eps)
+        out_BTD = centred_BTD * inverse_BT1 * scale_D.astype(jnp.float32) + bias_D.astype(jnp.float32)
+        return out_BTD.astype(x_BTD.dtype)
 
 
-def rotary(x_BTHK: Array, positions_BT: Array, theta: float) -> Array:
-    """Turns the pairs (x_i, x_{i+K/2}) by the angle position · theta^(-2i/K) (Su et al. 2021, arXiv:2104.09864).
+def make_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+    """The model's norm."""
+    if config.norm == "layer":
+        return LayerNorm(config.norm_eps, name=name)
+    return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
-    The half-split pairing is the one of Llama checkpoints on Hugging Face. Angles are float32: in bfloat16 a position
-    over 256 is no longer exact.
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The nonlinearity that `ModelConfig.activation` names."""
+    known: dict[str, Callable[[Array], Array]] = {
+        "silu": nn.silu, "relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+    return known[name]
+
+
+def add_bias(module: nn.Module, name: str, x: Array, axes: Sequence[str], wanted: bool = True) -> Array:
+    """x + bias, over x's last axes, one for each logical axis; x itself where no bias is wanted."""
+    if not wanted:
+        return x
+    bias = weight(module, name, nn.initializers.zeros_init(), x.shape[-len(axes):], axes)
+    return x + bias.astype(x.dtype)
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) · up(x)), a gated layer (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))), a plain one.
+
+    Attributes:
+      config: says which, with which activation and whether with biases.
+      residual_scale: of the last projection's initial standard deviation.
+      width: inner width (F); None takes the model's.
     """
-    half = x_BTHK.shape[-1] // 2
-    frequency_k = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1k = positions_BT.astype(jnp.float32)[..., None, None] * frequency_k
-    cos, sin = jnp.cos(angle_BT1k), jnp.sin(angle_BT1k)
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 
-
-class GatedMlp(nn.Module):
-    """down(silu(gate(x)) · up(x)): SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    mlp_dim: int
+    config: ModelConfig
     residual_scale: float
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        d = x_BTD.shape[-1]
-        gate_DF = weight(self, "gate", fan_in_normal(d), (d, self.mlp_dim), ("embed", "mlp"))
-        up_DF = weight(self, "up", fan_in_normal(d), (d, self.mlp_dim), ("embed", "mlp"))
-        down_FD = weight(self, "down", fan_in_normal(self.mlp_dim, self.residual_scale), (self.mlp_dim, d),
-                         ("mlp", "embed"))
-        hidden_BTF = nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF)
+        c, d, f = self.config, x_BTD.shape[-1], self.width or self.config.mlp_dim
+        act = activation(c.activation)
+
+        def inner(name: str) -> Array:
+            kernel_DF = weight(self, name, fan_in_normal(d), (d, f), ("embed", "mlp"))
+            return add_bias(self, f"{name}_bias", linear(x_BTD, kernel_DF), ("mlp",), c.mlp_bias)
+
+        hidden_BTF = act(inner("gate")) * inner("up") if c.gated_mlp else act(inner("up"))
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "activation_mlp"))
-        return linear(hidden_BTF, down_FD)
+        down_FD = weight(self, "down", fan_in_normal(f, self.residual_scale), (f, d), ("mlp", "embed"))
+        return add_bias(self, "down_bias", linear(hidden_BTF, down_FD), ("embed",), c.mlp_bias)

@@ -88,7 +88,7 @@ def test_segments_do_not_leak(model, params, tokens_BT):
 def test_scan_equals_unrolled(model, params, tokens_BT):
     unrolled = Decoder(config(), Execution(scan_layers=False))
     a = jax.jit(lambda p: model.apply({"params": p}, tokens_BT))(params)
-    b = jax.jit(lambda p: unrolled.apply({"params": models.unstack(p)}, tokens_BT))(params)
+    b = jax.jit(lambda p: unrolled.apply({"params": models.unstack(p, config())}, tokens_BT))(params)
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -97,7 +97,8 @@ def test_gradients_of_scan_equal_those_of_unrolled(model, params, tokens_BT):
         return jax.jit(jax.grad(lambda p: jnp.square(m.apply({"params": p}, tokens_BT)).mean()))(p)
 
     scanned = grads(model, params)
-    unrolled = models.stack(grads(Decoder(config(), Execution(scan_layers=False)), models.unstack(params)))
+    layers = models.unstack(params, config())
+    unrolled = models.stack(grads(Decoder(config(), Execution(scan_layers=False)), layers), config())
     assert jax.tree.structure(scanned) == jax.tree.structure(unrolled)
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(unrolled), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max())
@@ -126,9 +127,9 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(params, tokens_BT)
 
 def test_stack_and_unstack_are_inverse_and_free(params):
     copied = jax.tree.map(jnp.copy, params)
-    layers = models.unstack(copied, free=True)
+    layers = models.unstack(copied, config(), free=True)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copied["layers"]))
-    again = models.stack(layers)
+    again = models.stack(layers, config())
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True))
 
@@ -137,7 +138,10 @@ def test_stack_and_unstack_are_inverse_and_free(params):
 def test_parameter_count_and_axes(tied):
     m = Decoder(config(tie_embeddings=tied))
     shapes = models.abstract_params(m)
-    assert sum(s.size for s in jax.tree.leaves(shapes)) == m.config.num_params()
+    c = m.config
+    a_layer = c.embed_dim * (c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.mlp_dim + 2)
+    by_hand = c.num_layers * a_layer + c.embed_dim * (c.vocab_size * (1 if tied else 2) + 1)
+    assert sum(s.size for s in jax.tree.leaves(shapes)) == c.num_params() == by_hand
     axes = models.logical_axes(m)
     jax.tree.map(lambda s, a: None if len(s.shape) == len(a) else pytest.fail(f"{s.shape} {a}"), shapes, axes)
 
