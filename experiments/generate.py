@@ -18,10 +18,13 @@ EXAMPLES = (
 )
 
 
-def generate(run_dir: str, prompt: str, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int | None = None, stop: str | tuple[str, ...] = (), ignore_eos: bool = False,
-             json: bool = False) -> None:
+def generate(run_dir: str, prompt: str, max_tokens: int | None = None, temperature: float | None = None,
+             top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+             stop: str | tuple[str, ...] | None = None, ignore_eos: bool = False, json: bool = False) -> None:
     """Prints the continuation; with `json` an object with `text`, `token_ids`, `logprobs`, `finish_reason` and counts.
+
+    What is not given is as the model's generation_config.json says, if it has one: an imported model may want to be
+    sampled. Else the most likely token is taken each time, 128 times at most.
 
     Args:
       run_dir: run directory of the model; it may be read-only

@@ -19,6 +19,7 @@ from serving.mailbox import Closed, Mailbox
 
 MAX_SAMPLES = 64  # samples of one call
 LONG_TEXT = 4096  # characters (about 3 ms) from which tokenizing leaves the event loop to other calls
+MAX_MESSAGE_BYTES = 64 << 20  # gRPC itself answers RESOURCE_EXHAUSTED to more, and can't be told what else to say
 SMALL_MESSAGE_BYTES = 4 << 20  # a few ms to parse: no request of that size is refused for its size alone
 TOKEN_ID_BYTES = 6  # of a token id in a message, tag included, at most
 MAX_DETAILS_BYTES = 1500  # of a status message: clients drop a call whose trailers exceed 8 KiB
@@ -85,7 +86,7 @@ class Calls:
     def __init__(self, service) -> None:
         self.service = service
         self.accepting = True
-        self._token_bytes = max(map(int, service.tokenizer.byte_lengths))  # that one token can stand for
+        self._token_bytes: int | None = service.tokenizer.max_token_bytes
         self._running: set[Mailbox] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -121,6 +122,8 @@ class Calls:
     @property
     def max_message_bytes(self) -> int:
         """Size of a request from which its prompt can't fit, or is nothing but padding."""
+        if self._token_bytes is None:
+            return MAX_MESSAGE_BYTES
         return max(SMALL_MESSAGE_BYTES, self.service.max_prompt_tokens * max(self._token_bytes, TOKEN_ID_BYTES))
 
     def parser(self, message: Any) -> Callable[[bytes], Any]:
@@ -144,7 +147,9 @@ class Calls:
         """
         if len(text) < LONG_TEXT:
             return self.service.encode(text, add_bos=add_bos)
-        self._check_length(add_bos + -(-len(text.encode()) // self._token_bytes), "at least ")
+        if self._token_bytes is not None:
+            begins = add_bos and self.service.tokenizer.adds_bos
+            self._check_length(begins + -(-len(text.encode()) // self._token_bytes), "at least ")
         return await asyncio.to_thread(self.service.encode, text, add_bos=add_bos)
 
     def token_ids(self, sent: Sequence[int]) -> list[int]:
@@ -165,6 +170,8 @@ class Calls:
     def sampling(self, prompt_ids: Sequence[int], *, max_tokens: int, num_samples: int, **fields) -> SamplingParams:
         """Sampling parameters of a request over the wire, where 0 for `max_tokens` is "as many as fit".
 
+        Other fields that are left out or None are the model's own defaults.
+
         Raises:
           InvalidRequest, Rejected: naming the field and the values it takes.
         """
@@ -176,7 +183,8 @@ class Calls:
         if not prompt_ids:
             raise invalid("the prompt has no tokens")
         # A prompt that leaves no room is refused by the service, which knows the limit to name.
-        return SamplingParams(max_tokens=max_tokens or max(1, self.service.max_context - len(prompt_ids)), **fields)
+        limit = max_tokens or max(1, self.service.max_context - len(prompt_ids))
+        return self.service.defaults.params(max_tokens=limit, **fields)
 
     async def stream(
         self,

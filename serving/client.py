@@ -116,9 +116,9 @@ class Client:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
@@ -131,7 +131,8 @@ class Client:
         Args:
           prompt: text, or token ids that are used as they are.
           max_tokens: new tokens of each sample, at most; 0 is as many as fit.
-          temperature, top_k, top_p, seed, ignore_eos: as in `llm_jax.inference.request.SamplingParams`.
+          temperature, top_k, top_p, seed, ignore_eos: as in `llm_jax.inference.request.SamplingParams`; the first three
+            are as the served model came configured where they are None.
           stop: strings before the first of which the text ends; one may be given as it is.
           logprobs: whether chunks carry log-probabilities.
           num_samples: samples of the one prompt.
@@ -218,9 +219,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", default="127.0.0.1:9000", help="host:port of the server")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--max_tokens", type=int, default=128, help="new tokens, at most; 0 is as many as fit")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=int, default=0, help="draw among this many likeliest tokens; 0 is off")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that hold this probability")
+    parser.add_argument("--temperature", type=float, default=None,
+                        help="0 takes the likeliest token each time; by default as the model came configured, else 0")
+    parser.add_argument("--top_k", type=int, default=None, help="draw among this many likeliest tokens; 0 is off")
+    parser.add_argument("--top_p", type=float, default=None, help="draw among the likeliest that hold this probability")
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same tokens")
     parser.add_argument("--stop", action="append", default=[], help="end before this text (repeatable)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
@@ -249,8 +251,8 @@ def _read_prompt(prompt: str) -> str:
 
 def _chunks(client: Client, args: argparse.Namespace, prompt: str) -> Iterator[Chunk]:
     if args.jetstream:
-        given = [name for name, default in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("seed", None),
-                                            ("stop", [])) if getattr(args, name) != default]
+        given = [name for name in ("temperature", "top_k", "top_p", "seed", "stop")
+                 if getattr(args, name) not in (None, [])]
         if given:
             raise UserError(f"JetStream's protocol has no field for --{given[0]}; leave out --jetstream")
         return client.decode(prompt, max_tokens=args.max_tokens)

@@ -26,10 +26,10 @@ class Inference:
         else:
             prompt_ids = self._calls.token_ids(request.token_ids.ids)
         asked = request.sampling
-        sampling = self._calls.sampling(
-            prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples, temperature=asked.temperature,
-            top_k=asked.top_k, top_p=asked.top_p if asked.HasField("top_p") else 1.0,
-            seed=asked.seed if asked.HasField("seed") else None, stop=tuple(asked.stop), ignore_eos=asked.ignore_eos)
+        said = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "seed")
+                if asked.HasField(name)}
+        sampling = self._calls.sampling(prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples,
+                                        stop=tuple(asked.stop) or None, ignore_eos=asked.ignore_eos, **said)
 
         async def write(news: dict[int, Delta], first_token: dict[int, float]) -> None:
             for sample, delta in news.items():
@@ -43,8 +43,8 @@ class Inference:
         service = self._calls.service
         return messages.Model(
             max_context=service.max_context, max_prompt_tokens=service.max_prompt_tokens,
-            vocab_size=service.tokenizer.vocab_size, bos_id=service.tokenizer.bos_id,
-            end_ids=service.tokenizer.end_ids)
+            vocab_size=service.tokenizer.vocab_size, end_ids=service.tokenizer.end_ids,
+            bos_id=service.tokenizer.bos_id if service.tokenizer.adds_bos else None)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service as gRPC registers it."""

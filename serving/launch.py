@@ -22,9 +22,9 @@ def launch(
     page_size: int | None = None,
     chunk: int | None = None,
     dtype: str | None = None,
-    decode_temperature: float = 0.0,
-    decode_top_k: int = 0,
-    decode_top_p: float = 1.0,
+    decode_temperature: float | None = None,
+    decode_top_k: int | None = None,
+    decode_top_p: float | None = None,
 ) -> int:
     """Serves the model of a run directory over gRPC until SIGTERM or Ctrl-C; the engine's own defaults stand for None.
 
@@ -41,7 +41,8 @@ def launch(
       page_size: tokens of a page
       chunk: prompt tokens of one request in one step, at most
       dtype: of weights and cache, float32 or bfloat16
-      decode_temperature: how JetStream's Decode samples, whose requests don't say; 0 takes the likeliest token
+      decode_temperature: how JetStream's Decode samples, whose requests don't say; 0 takes the likeliest token. By
+        default as the model's generation_config.json says; without one, 0
       decode_top_k: likewise; 0 is off
       decode_top_p: likewise; 1 is off
 
@@ -58,12 +59,13 @@ def launch(
 
         check_port(host, port)  # before the minutes that loading may take
         from llm_jax.inference.engine import EngineConfig
-        from llm_jax.inference.request import SamplingParams
+        from llm_jax.inference.generation_config import SamplingDefaults
         from llm_jax.inference.service import Service
         from serving.orchestrator import DecodeSampling
 
         decode_sampling = DecodeSampling(decode_temperature, decode_top_k, decode_top_p)
-        SamplingParams(temperature=decode_temperature, top_k=decode_top_k, top_p=decode_top_p)  # raises if out of range
+        # Raises if out of range.
+        SamplingDefaults().params(temperature=decode_temperature, top_k=decode_top_k, top_p=decode_top_p)
         layout: dict[str, Any] = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context,
                                   "num_pages": num_pages, "page_size": page_size, "chunk": chunk, "dtype": dtype}
         options = EngineConfig(**{name: value for name, value in layout.items() if value is not None})

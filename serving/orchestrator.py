@@ -20,11 +20,14 @@ _Sample = _StreamContent.Sample
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSampling:
-    """How `Decode` samples: its request has no fields for it. The default is the likeliest token each time."""
+    """How `Decode` samples: its request has no fields for it.
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    What is None is as the model came configured; the likeliest token each time, if it came with nothing.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 class Orchestrator:
@@ -47,10 +50,10 @@ class Orchestrator:
             prompt_ids = await self._calls.encode(request.text_content.text, add_bos=not request.has_bos)
         else:
             prompt_ids = self._calls.token_ids(request.token_content.token_ids)
-            bos_id = self._calls.service.tokenizer.bos_id
+            tokenizer = self._calls.service.tokenizer
             # Upstream puts the token in front unless told not to, and would double one that is there already.
-            if not request.has_bos and prompt_ids[:1] != [bos_id]:
-                prompt_ids.insert(0, bos_id)
+            if not request.has_bos and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos_id]:
+                prompt_ids.insert(0, tokenizer.bos_id)
         sampling = self._calls.sampling(prompt_ids, max_tokens=request.max_tokens, num_samples=request.num_samples,
                                         **dataclasses.asdict(self._sampling))
         num_samples = request.num_samples or 1

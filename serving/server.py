@@ -17,12 +17,11 @@ from grpc_reflection.v1alpha import reflection
 
 from llm_jax.errors import UserError
 from serving import messages
-from serving.calls import Calls
+from serving.calls import MAX_MESSAGE_BYTES, Calls
 from serving.inference import Inference
 from serving.orchestrator import DecodeSampling, Orchestrator
 from serving.strangers import BytesChecked
 
-MAX_MESSAGE_BYTES = 64 << 20  # gRPC itself answers RESOURCE_EXHAUSTED to more, and can't be told what else to say
 HEALTH_PERIOD_S = 0.5
 
 _OPTIONS = (

@@ -22,6 +22,7 @@ from llm_jax.data import corpus as corpora
 from llm_jax.data import manifest as manifests
 from llm_jax.data import shards, splits, spool, summary, tokenizer_training, workers
 from llm_jax.data import tokenizer as tokenizers
+from llm_jax.data.tokenizers import folder
 from llm_jax.errors import UserError
 
 _WORK = ".preparing"
@@ -57,8 +58,9 @@ def prepare(
     num_workers: int | None = None,
     force: bool = False,
     verbose: bool = True,
+    tokenizer: str | os.PathLike | None = None,
 ) -> Prepared:
-    """Reads a corpus, splits it, trains its tokenizer and writes token shards with an index and a manifest.
+    """Reads a corpus, splits it, trains or takes a tokenizer and writes token shards with an index and a manifest.
 
     The output is a pure function of the corpus and the settings: `num_workers` changes the time alone. It appears
     whole, the manifest last; a preparation that was interrupted starts again. If the same was prepared before and is
@@ -67,22 +69,29 @@ def prepare(
     Args:
       data_dir: directory to write; made if it does not exist. Needs room for the text once more while it works.
       corpus: 'python-stdlib', or the path of a file or a folder, or several of these.
-      vocab_size: tokens wanted; a small corpus gets fewer.
+      vocab_size: tokens wanted; a small corpus gets fewer. Of no effect with `tokenizer`.
       max_document_chars: wanted length of the pieces that longer texts are cut into, at paragraph ends.
       min_document_chars: shorter documents are dropped.
       tokenizer_sample_mb: most text, in MiB, that the tokenizer is trained on.
       num_workers: processes to use; None for one per CPU.
       force: whether to replace what another corpus or other settings left in `data_dir`.
       verbose: whether to show progress bars on stderr and print a summary.
+      tokenizer: instead of training one, the tokenizer of this run directory, Hugging Face folder, or file.
 
     Raises:
-      UserError: a corpus that is missing, unreadable or empty, or `data_dir` holds other data and `force` is not set.
+      UserError: a corpus that is missing, unreadable or empty, a tokenizer that is damaged or cannot end a document,
+        or `data_dir` holds other data and `force` is not set.
     """
     started = time.monotonic()
     parts = corpora.resolve(corpus)
     settings = {"corpus": parts, "vocab_size": vocab_size, "max_document_chars": max_document_chars,
                 "min_document_chars": min_document_chars, "tokenizer_sample_mb": tokenizer_sample_mb}
     _check(settings, num_workers)
+    given = None if tokenizer is None else tokenizers.Tokenizer.load(tokenizer)
+    if given is not None:
+        given.document_ids("")  # raises if it cannot be used
+        settings |= {"vocab_size": None, "tokenizer_sample_mb": None}
+    settings["tokenizer"] = given and given.fingerprint
     directory = pathlib.Path(os.path.abspath(os.path.expanduser(data_dir)))
     with _locked(directory):
         files, skipped = corpora.list_files(parts, exclude=str(directory))
@@ -97,7 +106,7 @@ def prepare(
             count = 1 if facts["bytes"] < _POOL_BYTES else num_workers or os.cpu_count() or 1
             with _work_folder(directory) as work:
                 with workers.start(count) as pool:
-                    manifest = _build(work, files, skipped, settings, facts, pool, verbose)
+                    manifest = _build(work, files, skipped, settings, facts, given, pool, verbose)
                 manifest["seconds"] = round(time.monotonic() - started, 1)
                 _publish(work, directory, manifest)
     seconds = time.monotonic() - started
@@ -166,7 +175,7 @@ def _reusable(directory: pathlib.Path, settings: dict, facts: dict) -> dict | No
 
 
 def _build(work: pathlib.Path, files: list[corpora.CorpusFile], skipped: corpora.SkipReport, settings: dict,
-           facts: dict, pool: workers.Workers, verbose: bool) -> dict:
+           facts: dict, tokenizer: tokenizers.Tokenizer | None, pool: workers.Workers, verbose: bool) -> dict:
     """Writes everything but the manifest into `work` and returns the manifest."""
     spooled = _spool(work, files, settings["max_document_chars"], settings["min_document_chars"], pool, verbose)
     cut_at = settings["max_document_chars"]
@@ -183,17 +192,23 @@ def _build(work: pathlib.Path, files: list[corpora.CorpusFile], skipped: corpora
         raise UserError(_too_little(len(records), facts["parts"], skipped))
     sides = splits.assign(records["id"], records["source"])
 
-    sample = tokenizer_training.sample_records(records[sides == splits.TRAIN], settings["tokenizer_sample_mb"] << 20)
-    with _bar(verbose, "training the tokenizer", int(sample["bytes"].sum(dtype=np.int64))) as bar:
-        texts = spool.read_spooled(sample, spooled.spools)
-        tokenizer = tokenizer_training.train_tokenizer(texts, settings["vocab_size"])
-        bar.update(bar.total)
+    if tokenizer is None:
+        tokenizer = _train(records[sides == splits.TRAIN], spooled.spools, settings, verbose)
     tokenizer.save(work)
 
-    tasks = shards.plan(records, sides, spooled.spools, str(work), str(work / tokenizers.FILE_NAME))
+    tasks = shards.plan(records, sides, spooled.spools, str(work), str(work))
     with _bar(verbose, "tokenizing", int(records["bytes"].sum(dtype=np.int64))) as bar:
         results = pool.map(shards.write_shard, tasks, lambda result: bar.update(result.text_bytes))
     return _describe(work, results, records, sides, spooled, tokenizer, skipped, settings, facts, cut_at)
+
+
+def _train(records: np.ndarray, spools: list[str], settings: dict, verbose: bool) -> tokenizers.Tokenizer:
+    sample = tokenizer_training.sample_records(records, settings["tokenizer_sample_mb"] << 20)
+    with _bar(verbose, "training the tokenizer", int(sample["bytes"].sum(dtype=np.int64))) as bar:
+        texts = spool.read_spooled(sample, spools)
+        tokenizer = tokenizer_training.train_tokenizer(texts, settings["vocab_size"])
+        bar.update(bar.total)
+    return tokenizer
 
 
 def _spool(work: pathlib.Path, files: list[corpora.CorpusFile], max_chars: int, min_chars: int,
@@ -233,8 +248,8 @@ def _describe(work: pathlib.Path, results: list[shards.ShardResult], records: np
             "shards": [{"file": os.path.basename(result.path), "documents": len(result.index)} for result in of_split]}
         listed |= {os.path.basename(r.path): {"size": r.size, "sha256": r.sha256} for r in of_split}
         listed[name] = {"size": os.path.getsize(work / name), "sha256": storage.sha256_of(work / name)}
-    model = work / tokenizers.FILE_NAME
-    listed[tokenizers.FILE_NAME] = {"size": os.path.getsize(model), "sha256": storage.sha256_of(model)}
+    for name in folder.names_in(work):
+        listed[name] = {"size": os.path.getsize(work / name), "sha256": storage.sha256_of(work / name)}
     per_source = np.zeros((len(spooled.sources), len(splits.SPLITS)), np.int64)
     np.add.at(per_source, (records["source"], sides), 1)
     unigram = shards.unigram_bits_per_byte(counts["train"], counts["validation"], described["validation"]["bytes"])
@@ -251,9 +266,11 @@ def _describe(work: pathlib.Path, results: list[shards.ShardResult], records: np
 def _publish(work: pathlib.Path, directory: pathlib.Path, manifest: dict) -> None:
     """Moves the finished files into place; without a manifest, what is in the directory counts as nothing."""
     (directory / manifests.FILE_NAME).unlink(missing_ok=True)
-    for pattern in ("*.array_record", "*.index.npy", tokenizers.FILE_NAME):
+    for pattern in ("*.array_record", "*.index.npy"):
         for old in directory.glob(pattern):
             old.unlink()
+    for name in list(folder.names_in(directory)):
+        (directory / name).unlink()
     for name in manifest["files"]:
         os.replace(work / name, directory / name)
     storage.write_atomically(directory / manifests.FILE_NAME, json.dumps(manifest, indent=1, ensure_ascii=False)

@@ -38,7 +38,7 @@ class ShardTask:
 
 @dataclasses.dataclass
 class ShardResult:
-    """What was written: the shard's part of the index, and how often each token occurs in it (BOS left out)."""
+    """What was written: the shard's part of the index, and how often each token occurs in it (the first left out)."""
 
     split: str
     path: str
@@ -55,6 +55,7 @@ def shard_name(split: str, number: int, of: int) -> str:
 
 def plan(records: np.ndarray, sides: np.ndarray, spools: list[str], folder: str, tokenizer: str) -> list[ShardTask]:
     """Divides each split, in corpus order, into shards of about equal text; a pure function of the documents."""
+    _tokenizer.cache_clear()  # another preparation of this process may have left another tokenizer at the same path
     target = min(max(int(records["bytes"].sum(dtype=np.int64)) // _WANTED_SHARDS, _MIN_SHARD_TEXT), _MAX_SHARD_TEXT)
     tasks = []
     for side, split in enumerate(SPLITS):
@@ -77,7 +78,6 @@ def _tokenizer(path: str) -> Tokenizer:
 def write_shard(task: ShardTask) -> ShardResult:
     """Writes one shard under a temporary name and renames it when it is whole."""
     tokenizer = _tokenizer(task.tokenizer)
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     index = np.empty(len(task.records), INDEX)
     for field in ("id", "source", "bytes"):
@@ -85,7 +85,7 @@ def write_shard(task: ShardTask) -> ShardResult:
     temporary = task.path + ".tmp"
     writer = ArrayRecordWriter(temporary, WRITER_OPTIONS)
     for i, text in enumerate(spool.read_spooled(task.records, task.spools)):
-        tokens = np.array([bos, *tokenizer.encode(text), eos], "<u4")
+        tokens = np.array(tokenizer.document_ids(text), "<u4")
         counts += np.bincount(tokens[1:], minlength=len(counts))
         index["length"][i] = len(tokens)
         writer.write(tokens.tobytes())

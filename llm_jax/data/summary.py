@@ -23,7 +23,9 @@ def summary(data_dir: str, manifest: dict, reused: bool, seconds: float) -> str:
         lines.append(f"{split:<11} {facts['documents']:>9,} documents {facts['tokens']:>13,} tokens "
                      f"{_size(facts['bytes']):>10} of text, {len(facts['shards'])} shard(s)")
     vocab = f"{manifest['vocab_size']:,} tokens"
-    if manifest["vocab_size"] < wanted:
+    if wanted is None:
+        vocab += " of the given tokenizer"
+    elif manifest["vocab_size"] < wanted:
         vocab += f" (the text has no more than that; {wanted:,} were asked for)"
     total = {name: sum(manifest["splits"][split][name] for split in SPLITS) for name in ("bytes", "tokens")}
     lines.append(f"vocabulary  {vocab}, {total['bytes'] / total['tokens']:.2f} bytes per token")

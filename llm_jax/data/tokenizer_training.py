@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.data.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from llm_jax.errors import UserError
 
 # 256 byte tokens and padding, BOS, EOS and unknown; a few more leave room for the commonest characters.
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             max_sentence_length=8 * _STRETCH_CHARS, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
     except RuntimeError as error:
         raise UserError(f"SentencePiece could not train a tokenizer of {vocab_size} tokens: {error}") from error
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer.of_model(model.getvalue())
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -79,7 +79,7 @@ def read_text_document(path: str | os.PathLike, tokenizer: Tokenizer) -> tuple[t
     if not text:
         raise UserError(f"{path} holds no text")
     content = text.encode("utf-8")
-    tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.uint32)
+    tokens = np.array(tokenizer.document_ids(text), np.uint32)
     return (document_id(spool.content_hash(content)[0]), tokens), len(content)
 
 

@@ -35,13 +35,16 @@ class Geometry:
       num_pages, page_size: the pool.
       chunk: prompt tokens of one row in one step.
       pages_per_row: pages of the longest context.
+      window: keys that a token sees in the model's local layers; None where it has none.
+      has_global: whether any layer sees the whole context.
     """
 
     num_pages: int
     page_size: int
     chunk: int
     pages_per_row: int
-
+    window: int | None = None
+    has_global: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -97,24 +100,33 @@ def build(plan: Plan, shape: StepShape, geometry: Geometry, params: Mapping[int,
         place(chunk, row, row)
     for row, chunk in enumerate(plan.prefill):
         place(chunk, shape.decode_rows + row * g.chunk, shape.decode_rows + row)
-    context = PagedContext(
-        position_N, slot_N,
-        decode=_work_list(plan.decode, shape.decode_rows, g), prefill=_work_list(plan.prefill, shape.prefill_rows, g),
-        num_decode=shape.decode_rows, chunk=g.chunk)
+    lists = {}
+    for name, chunks, num_rows, most in (("decode", plan.decode, shape.decode_rows, 1),
+                                         ("prefill", plan.prefill, shape.prefill_rows, g.chunk)):
+        if g.has_global:
+            lists[name] = _work_list(chunks, num_rows, g.pages_per_row, g)
+        if g.window is not None:
+            # The widest span that `most` queries see, and one page more, as it may begin in the middle of one.
+            pages = min(g.pages_per_row, -(-(g.window + most - 2) // g.page_size) + 1)
+            lists[f"{name}_local"] = _work_list(chunks, num_rows, pages, g, g.window)
+    context = PagedContext(position_N, slot_N, num_decode=shape.decode_rows, chunk=g.chunk, **lists)
     return StepBatch(token_N, context, out_R, _sampling(rows, shape.rows, params))
 
 
-def _work_list(chunks: tuple[Chunk, ...], num_rows: int, g: Geometry) -> WorkList:
-    capacity = max(1, min(num_rows * g.pages_per_row, g.num_pages))
+def _work_list(chunks: tuple[Chunk, ...], num_rows: int, pages_per_row: int, g: Geometry,
+               window: int | None = None) -> WorkList:
+    """The pages that the chunks' rows read, at most `pages_per_row` each: from the window of the first token on."""
+    capacity = max(1, min(num_rows * pages_per_row, g.num_pages))
     row_W, page_W, start_W = (np.zeros(capacity, np.int32) for _ in range(3))
     count = 0
     for row, chunk in enumerate(chunks):
-        live = -(-(chunk.start + chunk.count) // g.page_size)
-        span = slice(count, count + live)
+        first = 0 if window is None else max(chunk.start - window + 1, 0) // g.page_size
+        end = -(-(chunk.start + chunk.count) // g.page_size)
+        span = slice(count, count + end - first)
         row_W[span] = row
-        page_W[span] = chunk.sequence.pages[:live]
-        start_W[span] = np.arange(live) * g.page_size
-        count += live
+        page_W[span] = chunk.sequence.pages[first:end]
+        start_W[span] = np.arange(first, end) * g.page_size
+        count += end - first
     return WorkList(row_W, page_W, start_W, np.int32(count))
 
 

@@ -20,8 +20,14 @@ from llm_jax.inference.sampling import sample
 from llm_jax.inference.scheduler import Plan
 from llm_jax.kernels.paged import make_pool
 from llm_jax.models import Decoder, Execution, ModelConfig, unstack
+from llm_jax.models.latent_attention import absorbed
+from llm_jax.models.layout import layer_kinds
 
-Pools = list[tuple[jax.Array, jax.Array]]
+Pools = list[tuple[jax.Array, ...]]
+
+# Leaves that stay in float32 (a bfloat16 import is widened, which changes nothing): rounding them would send tokens to
+# other experts.
+ROUTING = ("router", "selection_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,8 @@ class EngineConfig:
       chunk: most prompt tokens of one sequence in one step.
       page_size: tokens of a page.
       num_pages: pages of the pool; None takes what free memory and max_rows full contexts allow.
-      max_context: longest sequence served; None takes the model's.
+      max_context: longest sequence served; None takes the model's. Rope scalings that switch on length ("dynamic",
+        "longrope") are computed for it.
       dtype: of weights and cache; None takes float32 on a CPU (where bfloat16 is emulated) and bfloat16 elsewhere.
     """
 
@@ -66,6 +73,14 @@ def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     return tuple(sorted(shapes))
 
 
+def longest_context(config: ModelConfig) -> int:
+    """The most tokens a model can be served with: its own context, or what dynamic rope scaling stretches it to."""
+    scaling = config.rope_scaling
+    if config.positions != "rotary" or scaling is None or scaling.kind != "dynamic":
+        return config.max_context
+    return max(config.max_context, int(scaling.factor * (scaling.original_context or config.max_context)))
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedStep:
     """A step ready to run: its compiled shape, its arrays, and which row draws for which sequence id."""
@@ -81,7 +96,7 @@ def serving_step(model: Decoder, params: Any, pools: Pools, batch: StepBatch) ->
     Args:
       model: with unrolled layers.
       params: per-layer parameters (`models.unstack`).
-      pools: one (keys, values) pair a layer, each [G, P, S, K]; donated.
+      pools: what `kernels.paged.make_pool` makes, one entry a layer; donated.
       batch: see `StepBatch`.
     Returns:
       the pools, int32 tokens [R], float32 log-probabilities [R].
@@ -101,28 +116,35 @@ class Engine:
 
         Args:
           config: the model's.
-          params: its stacked parameters; arrays of the engine's dtype are used as they are, others are cast.
+          params: its parameters, stacked or per layer; arrays of the engine's dtype are used as they are, others are
+            cast (but for `ROUTING`).
           options: see `EngineConfig`.
           available_bytes: memory for the pages; default what is free.
           free_params: whether the stacked arrays may be deleted as they are taken apart, so that the weights are never
             there twice.
         Raises:
-          UserError: the pages do not fit, or the context is longer than the model's.
+          UserError: the pages do not fit, the context is longer than the model's, or it does not generate text.
         """
+        check_generates(config)
         self.options = options
         self.config = config
         self.dtype = options.dtype or default_dtype()
         self.max_context = options.max_context or config.max_context
-        if self.max_context > config.max_context:
-            raise UserError(f"max_context={self.max_context} is more than the model's {config.max_context}")
-        self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False))
-        self.params = _serving_params(params, self.dtype, free_params)
+        longest = longest_context(config)
+        if self.max_context > longest:
+            raise UserError(f"max_context={self.max_context} is more than the model's {longest}")
+        # With the rope context fixed, a token's keys do not depend on how long its sequence becomes.
+        self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False, rope_context=self.max_context))
+        self.params = _serving_params(config, params, self.dtype, free_params)
         self.shapes = step_shapes(options)
         num_pages = memory.plan_pages(
             config, page_size=options.page_size, itemsize=jnp.dtype(self.dtype).itemsize,
             max_context=self.max_context, max_rows=options.max_rows,
             available=memory.free_bytes() if available_bytes is None else available_bytes, requested=options.num_pages)
-        self.geometry = Geometry(num_pages, options.page_size, options.chunk, -(-self.max_context // options.page_size))
+        kinds = {kind.attention for kind in layer_kinds(config)}
+        self.geometry = Geometry(
+            num_pages, options.page_size, options.chunk, -(-self.max_context // options.page_size),
+            window=config.sliding_window if "local" in kinds else None, has_global="global" in kinds)
         self.pools: Pools = []
         self.reset()
         self._steps: dict[StepShape, Callable[..., Any]] = {}
@@ -169,7 +191,7 @@ class Engine:
         g, c = self.geometry, self.config
         self.pools = []  # first: there is no room for two
         with _out_of_memory_said(f"the cache of {g.num_pages} pages"):
-            self.pools = [make_pool(g.num_pages, g.page_size, c.num_kv_heads, c.head_dim, self.dtype)
+            self.pools = [make_pool(g.num_pages, g.page_size, c.cache_widths(), self.dtype)
                           for _ in range(c.num_layers)]
 
 
@@ -190,7 +212,34 @@ def _out_of_memory_said(what: str) -> Iterator[None]:
                         f"({str(error).splitlines()[0]})") from error
 
 
-def _serving_params(params: Any, dtype: str, free: bool) -> Any:
-    if "layers" in params:
-        params = unstack(params, free=free)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+def check_generates(config: ModelConfig) -> None:
+    """UserError unless the model is one that continues text."""
+    if config.architecture != "decoder":
+        raise UserError(f"the engine generates text with decoders, and this model's architecture is "
+                        f"{config.architecture!r}; call the model itself instead: model.apply({{'params': params}}, …)")
+    if config.head is not None:
+        raise UserError(f"the engine generates text, and this model has a {config.head.kind} head instead of an output "
+                        f"vocabulary; call the model itself instead: model.apply({{'params': params}}, …)")
+
+
+def leaf_dtype(path: tuple[Any, ...], dtype: str) -> str:
+    """The dtype in which an engine of `dtype` keeps the parameter at `path` (of `jax.tree_util`'s keys)."""
+    return "float32" if path[-1].key in ROUTING else dtype
+
+
+def _serving_params(config: ModelConfig, params: Any, dtype: str, free: bool) -> Any:
+    """Per-layer parameters as a step multiplies them, each leaf cast once."""
+    if "layers_0" not in params:
+        params = unstack(params, config, free=free)
+    if config.latent is not None and "kv_b" in params["layers_0"]["attention"]:
+        params = absorbed(params, config)
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        wanted = leaf_dtype(path, dtype)
+        made = jnp.asarray(leaf, wanted)
+        if free and isinstance(leaf, jax.Array) and leaf.dtype != wanted:
+            made.block_until_ready()
+            leaf.delete()
+        return made
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -38,8 +38,9 @@ def _container_bytes(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> i
 
 
 def page_bytes(config: ModelConfig, page_size: int, itemsize: int) -> int:
-    """Bytes of one page: keys and values of `page_size` tokens in every layer."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * itemsize
+    """Bytes of one page: what every layer keeps of `page_size` tokens."""
+    heads, key_width, value_width = config.cache_widths()
+    return config.num_layers * heads * (key_width + value_width) * page_size * itemsize
 
 
 def check_weights_fit(config: ModelConfig, itemsize: int, available: int) -> None:

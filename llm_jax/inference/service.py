@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.generation_config import SamplingDefaults
 from llm_jax.inference.pages import PagePool
 from llm_jax.inference.request import Delta, InvalidRequest, SamplingParams, Unavailable, Usage
 from llm_jax.inference.scheduler import Plan, Scheduler, Sequence
@@ -39,16 +40,19 @@ class Service:
     last delta of each request having a `finish_reason`. A listener must not block: every request waits for it.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_queue: int = 256):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_queue: int = 256,
+                 defaults: SamplingDefaults = SamplingDefaults()):  # noqa: B008 (frozen)
         """Starts the thread; the engine must be compiled.
 
         Args:
           engine: compiled engine, from now on this service's own.
           tokenizer: the model's.
           max_queue: most requests that may wait; one more is refused.
+          defaults: how to sample where a request does not say.
         """
         self.engine = engine
         self.tokenizer = tokenizer
+        self.defaults = defaults
         self.ready_seconds = 0.0
         self._max_queue = max_queue
         self._scheduler = self._make_scheduler()
@@ -79,12 +83,16 @@ class Service:
 
         began = time.perf_counter()
         compile_cache.enable_compile_cache()
-        engine, tokenizer = runs.load(run_dir).engine(options or EngineConfig())
+        run = runs.load(run_dir)
+        defaults = run.sampling_defaults
+        for note in defaults.notes:
+            on_event(f"note: {note}")
+        engine, tokenizer = run.engine(options or EngineConfig())
         g = engine.geometry
         on_event(f"loaded {run_dir}: {engine.config.num_params():,} parameters in {engine.dtype}, cache of "
                  f"{g.num_pages} pages of {g.page_size} tokens ({time.perf_counter() - began:.1f} s)")
         engine.compile(on_event)
-        service = cls(engine, tokenizer, max_queue=max_queue)
+        service = cls(engine, tokenizer, max_queue=max_queue, defaults=defaults)
         service.ready_seconds = time.perf_counter() - began
         return service
 
@@ -109,8 +117,8 @@ class Service:
         return not self._draining and not self._closed and self._thread.is_alive()
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt, with BOS in front unless told otherwise."""
-        return ([self.tokenizer.bos_id] if add_bos else []) + self.tokenizer.encode(text)
+        """Token ids of a prompt, with BOS in front if the model expects one, unless told otherwise."""
+        return self.tokenizer.prompt_ids(text) if add_bos else self.tokenizer.encode(text)
 
     def submit(self, prompt_ids: SequenceOf[int], params: SamplingParams, listener: Listener,
                priority: int = 0) -> int:

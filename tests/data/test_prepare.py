@@ -24,6 +24,7 @@ from llm_jax.data.prepare import prepare
 from llm_jax.data.spool import content_hash
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import UserError
+from tests.data import tokenizer_kinds as kinds
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS = ("train", "validation", "test")
@@ -298,3 +299,26 @@ def test_import_is_light():
     code = f"import sys, llm_jax.data.prepare; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert json.loads(out.replace("'", '"')) == []
+
+
+def test_a_tokenizer_that_is_there_already_is_taken(small_corpus, tmp_path):
+    """Its files go into the data and its ids into the shards; with another tokenizer the data is other data."""
+    source, data = kinds.byte_level(tmp_path / "hf"), tmp_path / "d"
+    made = prepare(str(data), str(small_corpus), tokenizer=source, verbose=True)
+    given, kept = Tokenizer.load(source), Tokenizer.load(data)
+    assert made.manifest["vocab_size"] == given.vocab_size and kept.end_ids == given.end_ids
+    assert {p.name for p in source.iterdir()} <= made.manifest["files"].keys()
+    for _, tokens in read_documents(data, "validation"):
+        assert tokens.tolist() == given.document_ids(given.decode(tokens))
+    assert prepare(str(data), str(small_corpus), tokenizer=data, verbose=False).reused
+    with pytest.raises(UserError, match="was prepared with"):
+        prepare(str(data), str(small_corpus), verbose=False)
+    prepare(str(data), str(small_corpus), vocab_size=300, force=True, verbose=False)
+    assert not (data / "tokenizer.json").exists() and Tokenizer.load(data).vocab_size <= 300
+
+
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(small_corpus, tmp_path):
+    json_file = kinds.byte_level(tmp_path / "hf") / "tokenizer.json"
+    other = kinds.write(tmp_path / "other", tokenizer__json=json_file.read_bytes())
+    with pytest.raises(UserError, match="no end-of-text token"):
+        prepare(str(tmp_path / "d"), str(small_corpus), tokenizer=other, verbose=False)

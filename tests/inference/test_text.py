@@ -11,6 +11,8 @@ from llm_jax.inference.text import TextStream
 class Bytes:
     """Token i is the byte i: every split of every character."""
 
+    stripped_spaces = 0
+
     def token_bytes(self, i: int) -> bytes:
         return bytes([i])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from llm_jax.inference.generation_config import SamplingDefaults
 from llm_jax.inference.request import Delta, PromptTooLong, QueueFull, SamplingParams, Unavailable, Usage
 from serving.server import Server
 
@@ -20,8 +21,8 @@ BOS, EOS = 1, 2
 class CharacterTokenizer:
     """A token for each code point."""
 
-    vocab_size, bos_id, eos_id, end_ids = 0x110003, BOS, EOS, (EOS,)
-    byte_lengths = (4,)  # enough of it: the most that a token stands for
+    vocab_size, bos_id, eos_id, end_ids, adds_bos = 0x110003, BOS, EOS, (EOS,), True
+    max_token_bytes = 4
 
 
 class FakeService:
@@ -37,6 +38,7 @@ class FakeService:
     max_prompt_tokens = 9_999
     max_requests = 64
     tokenizer = CharacterTokenizer()
+    defaults = SamplingDefaults()
 
     def __init__(self, *, step_s: float = 0.001, max_running: int = 64) -> None:
         self.submitted: list[tuple[tuple[int, ...], SamplingParams, int]] = []

@@ -6,9 +6,10 @@ import grpc
 import pytest
 
 from llm_jax.errors import UserError
+from llm_jax.inference.generation_config import SamplingDefaults
 from llm_jax.inference.request import Delta, SamplingParams, Usage
 from serving.client import Client, RequestFailed
-from tests.serving.doubles import BOS, wait_until
+from tests.serving.doubles import BOS, EOS, CharacterTokenizer, wait_until
 
 
 @pytest.fixture
@@ -37,6 +38,25 @@ def test_defaults_are_greedy_and_as_many_as_fit(server, client):
     stream.close()
     assert server.service.submitted[0][1] == SamplingParams(max_tokens=server.service.max_context - 3)
     assert wait_until(lambda: server.service.cancelled == [0])
+
+
+def test_what_a_request_does_not_say_is_as_the_model_came(server, client):
+    server.service.defaults = SamplingDefaults(0.6, 20, 0.9, ("\n\n",), max_tokens=7)
+    list(client.generate("ab", max_tokens=2))
+    list(client.generate("ab", max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, stop="x"))
+    list(client.decode("ab", max_tokens=2))
+    came = SamplingParams(max_tokens=2, temperature=0.6, top_k=20, top_p=0.9, stop=("\n\n",))
+    assert [params for _, params, _ in server.service.submitted] == [
+        came, SamplingParams(max_tokens=2, stop=("x",)), came]
+
+
+def test_a_model_that_expects_no_bos_gets_none(server, client):
+    tokenizer = CharacterTokenizer()
+    tokenizer.adds_bos, tokenizer.bos_id = False, None
+    server.service.tokenizer = tokenizer
+    assert not client.model().HasField("bos_id") and list(client.model().end_ids) == [EOS]
+    list(client.decode([7, 8], max_tokens=1))
+    assert server.service.submitted[-1][0] == (7, 8)
 
 
 def test_chunks_end_with_reason_and_counts(client):

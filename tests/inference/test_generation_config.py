@@ -1,0 +1,67 @@
+"""How a model wants to be sampled is obeyed where nobody says otherwise, and what is not supported is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.inference import generation_config
+from llm_jax.inference.generation_config import SamplingDefaults
+from llm_jax.inference.request import SamplingParams
+
+
+def read(folder, fields):
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    return generation_config.read(folder)
+
+
+def test_without_a_file_nothing_changes(tmp_path):
+    assert generation_config.read(tmp_path) == SamplingDefaults()
+    assert SamplingDefaults().params() == SamplingParams()
+    assert SamplingDefaults().params(max_tokens=5, temperature=None, seed=3) == SamplingParams(max_tokens=5, seed=3)
+
+
+def test_sampling_as_the_file_says_and_transformers_for_the_rest(tmp_path):
+    found = read(tmp_path, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]})
+    assert found == SamplingDefaults(0.6, 50, 0.9)
+    assert read(tmp_path, {"do_sample": True, "top_k": 0}) == SamplingDefaults(1.0, 0, 1.0)
+    assert found.params(temperature=0.0) == SamplingParams(temperature=0.0, top_k=50, top_p=0.9)
+    assert found.params(top_k=0, top_p=1.0) == SamplingParams(temperature=0.6)
+
+
+def test_do_sample_false_is_greedy_whatever_the_temperature(tmp_path):
+    assert read(tmp_path, {"do_sample": False, "temperature": 0.6, "top_k": 20}) == SamplingDefaults(0.0, 20, 1.0)
+    assert read(tmp_path, {"temperature": 0.6}).temperature == 0
+    assert read(tmp_path, {"_from_model_config": True, "transformers_version": "5.0", "eos_token_id": 2}).params() == (
+        SamplingParams())
+
+
+def test_lengths_and_stop_strings(tmp_path):
+    found = read(tmp_path, {"max_new_tokens": 7, "max_length": 20, "stop_strings": ["\n\n"]})
+    assert found.params() == SamplingParams(max_tokens=7, stop=("\n\n",)) and not found.notes
+    assert found.params(max_tokens=9, stop=()) == SamplingParams(max_tokens=9)
+
+
+def test_what_would_change_the_tokens_is_said_once_each_and_what_would_not_is_not(tmp_path):
+    found = read(tmp_path, {"repetition_penalty": 1.05, "num_beams": 4, "min_p": 0.1, "new": 3, "do_sample": True})
+    assert [note.split("asks for ")[1].split("=")[0] for note in found.notes] == [
+        "repetition_penalty", "num_beams", "min_p", "new"]
+    quiet = {"repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.1, "length_penalty": 2.0, "pad_token_id": 0,
+             "suppress_tokens": None, "bad_words_ids": []}
+    assert not read(tmp_path, quiet).notes
+
+
+@pytest.mark.parametrize("fields, says", [
+    ([], "JSON object"), ({"do_sample": "yes"}, "do_sample"),
+    ({"do_sample": True, "temperature": "hot"}, "temperature"),
+    ({"top_p": 7}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_tokens"),
+    ({"stop_strings": 3}, "stop_strings"), ({"stop_strings": [3]}, "stop"),
+])
+def test_damaged_values_are_one_error_that_names_the_file(tmp_path, fields, says):
+    with pytest.raises(UserError, match=f"generation_config.json.*{says}"):
+        read(tmp_path, fields)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="generation_config.json cannot be read"):
+        generation_config.read(tmp_path)
