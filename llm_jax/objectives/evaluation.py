@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +16,13 @@ from llm_jax.objectives.next_token import next_token_sums
 
 @functools.lru_cache(maxsize=8)
 def make_eval_step(model: Any) -> Callable[[Any, dict], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, batch) → (sum of losses in nats, tokens), compiled once per model and shape."""
+    """A jitted (params, batch) → (sum of losses in nats, tokens), compiled once per model and shape.
+
+    Experts with a limited capacity in training have none here, as none when serving.
+    """
+    execution = getattr(model, "execution", None)
+    if execution is not None and execution.expert_capacity is not None:
+        model = model.clone(execution=dataclasses.replace(execution, expert_capacity=None))
 
     @jax.jit
     def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:

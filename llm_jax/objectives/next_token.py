@@ -1,7 +1,8 @@
 """Cross-entropy of the next token, in float32, kept as sums until the very end.
 
 Sums, not means: a batch cut into microbatches then gives exactly the whole batch's loss, however unevenly padding
-falls on them.
+falls on them. (The loss that balances a mixture's experts is a product of means, and so the exception: see
+`next_token_sums`.)
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax.models import ModelConfig, router_by_layer
+from llm_jax.objectives.balance import balance_loss
+
 Array = jax.Array
-Apply = Callable[..., Array]
+Apply = Callable[..., Any]
 Batch = Mapping[str, Array]
 
 
@@ -50,8 +54,8 @@ def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
     return log_z_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1), log_z_BT
 
 
-def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *,
-                    z_loss: float = 0.0) -> tuple[Array, dict[str, Array]]:
+def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *, z_loss: float = 0.0,
+                    config: ModelConfig | None = None) -> tuple[Array, dict[str, Any]]:
     """The objective summed over the positions that count.
 
     Args:
@@ -61,23 +65,38 @@ def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None =
       rng: key for whatever the model draws in training, handed to `apply` as the "dropout" stream; None draws nothing.
       z_loss: weight of log² z, which keeps the softmax's denominator near 1 (Chowdhery et al. 2022, arXiv:2204.02311,
         section 5).
+      config: of the model; if it has experts, what their routers did is gathered, and `Experts.balance_weight` times
+        `balance_loss` of this batch, times the positions that count, is part of the sum to minimise. Over microbatches
+        that comes to the mean of their own balance losses, weighted by their positions, and not to the loss of all
+        their tokens together. None gathers nothing.
 
     Returns:
       The sum to minimise (float32 scalar), and sums for metrics: `loss_sum` (cross-entropy alone, nats), `z_loss_sum`,
-      `weight_sum` (positions that count).
+      `weight_sum` (positions that count), and for a model with experts `router` (see `models.router_by_layer`).
     """
+    experts = None if config is None else config.experts
     targets_BT, weights_BT = targets_and_weights(batch)
     streams = {} if rng is None else {"rngs": {"dropout": rng}}
-    logits_BTV = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), **streams)
+    gathered = {} if experts is None else {"mutable": ["router"]}
+    logits_BTV = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), **streams,
+                       **gathered)
+    if experts is not None:
+        logits_BTV, collections = logits_BTV
     losses_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
     loss_sum = jnp.sum(losses_BT * weights_BT)
     z_loss_sum = z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT) if z_loss else jnp.zeros((), jnp.float32)
-    metrics = {"loss_sum": loss_sum, "z_loss_sum": z_loss_sum, "weight_sum": jnp.sum(weights_BT)}
-    return loss_sum + z_loss_sum, metrics
+    weight_sum = jnp.sum(weights_BT)
+    metrics: dict[str, Any] = {"loss_sum": loss_sum, "z_loss_sum": z_loss_sum, "weight_sum": weight_sum}
+    objective_sum = loss_sum + z_loss_sum
+    if experts is not None:
+        metrics["router"] = router_by_layer(collections["router"], config)
+        if experts.balance_weight:
+            objective_sum += experts.balance_weight * balance_loss(metrics["router"]) * weight_sum
+    return objective_sum, metrics
 
 
-def next_token_loss(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *,
-                    z_loss: float = 0.0) -> tuple[Array, dict[str, Array]]:
+def next_token_loss(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *, z_loss: float = 0.0,
+                    config: ModelConfig | None = None) -> tuple[Array, dict[str, Any]]:
     """`next_token_sums` per position that counts: (mean objective in nats per token, the same sums)."""
-    objective_sum, metrics = next_token_sums(apply, params, batch, rng, z_loss=z_loss)
+    objective_sum, metrics = next_token_sums(apply, params, batch, rng, z_loss=z_loss, config=config)
     return objective_sum / jnp.maximum(metrics["weight_sum"], 1.0), metrics

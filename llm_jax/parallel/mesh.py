@@ -1,4 +1,4 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`."""
+"""The device mesh: axes `data`, `fsdp`, `expert` and `tensor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from llm_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,13 @@ class MeshConfig:
       data: copies of the model; each sees other rows.
       fsdp: devices that share parameters, gradients and moments among them, and also see other rows.
       tensor: devices that share each matrix product.
+      expert: devices that share the experts of a mixture among them, and also see other rows.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
@@ -37,8 +39,8 @@ class MeshConfig:
             raise UserError(f"MeshConfig has more than one -1: {self}")
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """The sizes of the mesh axes on `num_devices` devices, -1 filled in; UserError if they don't fit."""
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of the mesh axes (`AXES`) on `num_devices` devices, -1 filled in; UserError if they don't fit."""
     sizes = [getattr(config, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     wanted = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -49,7 +51,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh with axes `data`, `fsdp`, `tensor`, whose shardings the compiler propagates.
+    """Builds the mesh with axes `data`, `fsdp`, `expert`, `tensor`, whose shardings the compiler propagates.
 
     A mesh smaller than the machine takes the first devices; across processes it has to take all of them, since every
     process takes part in every step.

@@ -16,9 +16,10 @@ from llm_jax.errors import UserError
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Fully sharded data parallelism along the model's width, tensor parallelism along heads, mlp and vocabulary.
+# Fully sharded data parallelism along the model's width, tensor parallelism along heads, mlp and vocabulary, and each
+# device along the expert axis with experts of its own.
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": None,
     "layers": None,
     "vocab": "tensor",
@@ -27,6 +28,11 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "experts": "expert",
+    "expert_router": None,
+    "latent": None,
+    "positions": None,
+    "token_types": None,
     "norm": None,
 }
 
@@ -87,7 +93,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
-    """Rows of a batch [B, T] lie over the data and fsdp axes; positions stay together."""
+    """Rows of a batch [B, T] lie over the data, fsdp and expert axes; positions stay together."""
     return NamedSharding(mesh, partition_spec(("batch", "length"), rules))
 
 
@@ -129,7 +135,7 @@ def process_rows(sharding: NamedSharding, num_rows: int) -> tuple[int, int]:
     return parts.index(spans[jax.process_index()]), len(parts)
 
 
-_OTHER_MESH = "choose data, fsdp and tensor so that each process's devices hold rows next to one another"
+_OTHER_MESH = "choose data, fsdp, expert and tensor so that each process's devices hold rows next to one another"
 
 
 def _span(process: int, rows: list[tuple[int, int]]) -> tuple[int, int]:

@@ -28,12 +28,12 @@ from llm_jax.data.documents import load_manifest, read_documents
 from llm_jax.data.loader import DataConfig, TrainLoader
 from llm_jax.data.windows import evaluation_windows
 from llm_jax.errors import UserError
-from llm_jax.models import Decoder, Execution, ModelConfig, activation_rules, logical_axes
+from llm_jax.models import Execution, ModelConfig, activation_rules, build_language_model, logical_axes
 from llm_jax.objectives.evaluation import evaluate_loss
 from llm_jax.parallel import distributed
 from llm_jax.parallel import rules as rules_lib
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
-from llm_jax.training import resume
+from llm_jax.training import origin, resume
 from llm_jax.training.metrics import Reporter, clock
 from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
 from llm_jax.training.signals import StopRequest, TrainingStopped
@@ -48,7 +48,7 @@ _NAMED_DOCUMENTS = 16  # how many documents of a bad batch the error message nam
 
 def train(
     run_dir: str,
-    model: ModelConfig,
+    model: ModelConfig | None,
     execution: Execution,
     data: DataConfig,
     optimizer: OptimizerConfig,
@@ -63,12 +63,13 @@ def train(
     checkpoint_every: int = 500,
     keep: int = 2,
     config_text: str = "",
+    init_from: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or goes on where the run in `run_dir` stopped.
 
     Args:
       run_dir: the run directory, local or in a bucket; made if it isn't there.
-      model: what the model is.
+      model: what the model is; None takes that of `init_from`.
       execution: how it is run.
       data: where the batches come from; `data.batch_size` rows make one step.
       optimizer: how parameters are moved.
@@ -83,6 +84,8 @@ def train(
       checkpoint_every: steps between two checkpoints; there is one at the end whatever this is.
       keep: checkpoints that are kept.
       config_text: the operative Gin configuration, kept in the run directory.
+      init_from: another run directory, imported or trained, whose parameters are the first ones here, in float32; the
+        optimizer begins anew. None draws them from the seed.
 
     Returns:
       The run's metrics, as in its manifest: `start` and `end` (validation loss, perplexity, bits per byte), speed.
@@ -95,9 +98,12 @@ def train(
                   gradient_accumulation=gradient_accumulation)
     _check_counts(least=0, eval_every=eval_every, eval_batches=eval_batches)
     data_manifest = load_manifest(data.data_dir, verify=False)
-    settings = resume.decisive_settings(model=model, data=data, data_hash=data_manifest["data_hash"],
-                                        optimizer=optimizer, num_steps=num_steps, seed=seed, z_loss=z_loss)
     manifest = resume.read_manifest(run_dir)
+    model = origin.find_model(model, init_from, run_dir, manifest)
+    settings = resume.decisive_settings(model=model, data=data, data_hash=data_manifest["data_hash"],
+                                        optimizer=optimizer, num_steps=num_steps, seed=seed, z_loss=z_loss,
+                                        expert_capacity=execution.expert_capacity)
+    settings |= origin.decisive(init_from)
     if manifest is not None:
         resume.check_same(run_dir, manifest.get("settings", {}), settings)
         if manifest.get("finished_steps", 0) >= num_steps:
@@ -108,7 +114,7 @@ def train(
     distributed.initialize()
     compile_cache.enable_compile_cache()
     run = _Run(run_dir, model, execution, data, optimizer, mesh, num_steps, seed, gradient_accumulation, z_loss,
-               eval_batches)
+               eval_batches, init_from)
     try:
         with run:
             run.create(manifest, config_text, settings, data_manifest)
@@ -128,31 +134,36 @@ class _Run:
 
     def __init__(self, run_dir: str, config: ModelConfig, execution: Execution, data: DataConfig,
                  optimizer: OptimizerConfig, mesh: MeshConfig, num_steps: int, seed: int, accumulation: int,
-                 z_loss: float, eval_batches: int):
+                 z_loss: float, eval_batches: int, init_from: str | None = None):
         """Checks that the parts fit, in the order of what it costs; nothing is written and nothing compiled."""
         self.run_dir = storage.located(run_dir)
         self.config, self.data, self.num_steps, self.seed = config, data, num_steps, seed
+        self.init_from = init_from
         self.mesh = make_mesh(mesh)
         check_batch_divides(data.batch_size, self.mesh, accumulation)
         self.eval_rows, self.eval_batches = data.batch_size // accumulation, eval_batches
         self.tokenizer = tokenizer_lib.Tokenizer.load(data.data_dir)
-        if self.tokenizer.vocab_size > config.vocab_size:
+        needed = self.tokenizer.text_vocab_size
+        if needed > config.vocab_size:
             raise UserError(f"ModelConfig.vocab_size={config.vocab_size} is smaller than the tokenizer's "
-                            f"{self.tokenizer.vocab_size} tokens in {data.data_dir}: give the model as many "
-                            f"(--gin.ModelConfig.vocab_size={self.tokenizer.vocab_size}), or prepare the text again "
+                            f"{needed} tokens in {data.data_dir}: give the model as many "
+                            f"(--gin.ModelConfig.vocab_size={needed}), or prepare the text again "
                             f"with --gin.VOCAB_SIZE={config.vocab_size} and another DATA_DIR")
+        if init_from is not None and resume.read_manifest(run_dir) is None:
+            origin.check_tokenizer(init_from, self.tokenizer, data.data_dir)
         if data.row_length > config.max_context:
             raise UserError(f"DataConfig.row_length={data.row_length} is more than ModelConfig.max_context="
                             f"{config.max_context}")
         self.schedule = learning_rate_schedule(optimizer, num_steps)
-        self.model = Decoder(config, execution)
+        self.model = build_language_model(config, execution)
         self.optimizer = make_optimizer(optimizer, num_steps, decay_mask(logical_axes(self.model)))
         self.shardings = state_shardings(self.model, self.optimizer, self.mesh)
         self.batch_sharding = rules_lib.batch_sharding(self.mesh)
         index, count = rules_lib.process_rows(self.batch_sharding, data.batch_size)
         self.loader = TrainLoader(data, "train", process_index=index, process_count=count)
         self.train_step = make_train_step(self.model, self.optimizer, self.schedule, self.mesh, self.shardings,
-                                          z_loss=z_loss, accumulation=accumulation)
+                                          z_loss=z_loss, selection_bias_rate=optimizer.selection_bias_rate,
+                                          accumulation=accumulation)
         self.checkpoints: Checkpoints | None = None
         self.reporter: Reporter | None = None
         self.metrics: dict[str, Any] = {}
@@ -177,8 +188,9 @@ class _Run:
                 "devices": f"{self.mesh.size} × {jax.devices()[0].device_kind}", "processes": jax.process_count(),
                 "parameters": self.config.num_params(), "metrics": {}, "finished_steps": 0,
             }
-            tokenizer_path = storage.located(self.data.data_dir) / tokenizer_lib.FILE_NAME
-            runs.create(self.run_dir, self.config, tokenizer_path, config_text, manifest)
+            if self.init_from is not None:
+                origin.keep(self.init_from, self.run_dir)
+            runs.create(self.run_dir, self.config, self.data.data_dir, config_text, manifest)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -239,9 +251,10 @@ class _Run:
 
     def _initial_state(self) -> tuple[TrainState, int, dict[str, float]]:
         """A new state, or the latest checkpoint's; the number of updates in it, and the run's totals until then."""
-        if self.checkpoints.latest_step() is None:
-            return init_state(self.model, self.optimizer, self.seed, self.shardings), 0, {}
         like = abstract_state(self.model, self.optimizer, self.shardings)
+        if self.checkpoints.latest_step() is None:
+            params = None if self.init_from is None else origin.restore_params(self.init_from, like.params)
+            return init_state(self.model, self.optimizer, self.seed, self.shardings, params), 0, {}
         saved, batches, totals = self.checkpoints.restore(like.to_checkpoint())
         self.loader.set_state(batches)
         state = TrainState.from_checkpoint(saved)

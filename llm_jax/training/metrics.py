@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from llm_jax import storage
@@ -42,6 +43,9 @@ PEAK_FLOPS = {
     "Tesla V100": 125e12,
     "Tesla T4": 65e12,
 }
+
+
+_ROUTER = ("balance_loss", "router_most", "router_least", "router_dropped")
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -184,6 +188,8 @@ class Reporter:
         }
         if float(metrics.get("z_loss", 0.0)):
             row["z_loss"] = float(metrics["z_loss"])
+        router = {name: float(metrics[name]) for name in _ROUTER if name in metrics}
+        row |= router
         speed, left = "", math.inf
         if steps := step - self._interval_step:  # not after the process's first step alone
             elapsed = max(time.perf_counter() - self._interval_start - self._paused, 1e-9)
@@ -200,11 +206,11 @@ class Reporter:
                 speed += f"  mfu {utilisation:.1%}"
         memory = memory_in_use()
         row |= {f"memory_{where}_gib": gib for where, gib in memory.items()}
-        self.write("train", step, row)
+        self.write("train", step, row, metrics.get("router_load"))
         used = "".join(f"  {where} {gib:.1f} GiB" for where, gib in memory.items())
         self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
                  f"ppl {row['perplexity']:,.1f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}"
-                 f"{speed}{used}  left {clock(left)}")
+                 f"{_load(router)}{speed}{used}  left {clock(left)}")
         self._begin_interval(step)
         return row
 
@@ -217,15 +223,25 @@ class Reporter:
         return {"trained_tokens": self._tokens, "seconds": self._seconds,
                 "tokens_per_second": self._timed_tokens / self._seconds if self._seconds else 0.0}
 
-    def write(self, kind: str, step: int, row: Mapping[str, float]) -> None:
-        """Adds `row` to TensorBoard under `kind/` and to `metrics.jsonl` as one line."""
+    def write(self, kind: str, step: int, row: Mapping[str, float], router_load: np.ndarray | None = None) -> None:
+        """Adds `row` to TensorBoard under `kind/` and to `metrics.jsonl` as one line.
+
+        Args:
+          kind: "train" or "validation".
+          step: updates applied.
+          row: name → number.
+          router_load: [L, E], from `objectives.balance.load`: a histogram a layer in TensorBoard, a table in the line.
+        """
         if not self._is_lead:
             return
+        table = {} if router_load is None else {"router_load": np.asarray(router_load, np.float64).round(4).tolist()}
         if self._writer is not None:
             for name, value in row.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
+            for layer, load in enumerate([] if router_load is None else router_load):
+                self._writer.add_histogram(f"{kind}/router_load/{layer:02d}", np.asarray(load), step)
         if self._lines is not None:
-            self._lines.add({"kind": kind, "step": step, "time": round(time.time(), 3), **row})
+            self._lines.add({"kind": kind, "step": step, "time": round(time.time(), 3), **row, **table})
 
     def flush(self) -> None:
         """Brings everything to disk; what a checkpoint has seen should not be lost in a crash after it."""
@@ -242,6 +258,14 @@ class Reporter:
             self._writer.close()
         if self._lines is not None:
             self._lines.flush()
+
+
+def _load(router: Mapping[str, float]) -> str:
+    """The experts' load for the line that people read: its range relative to even, and what was dropped."""
+    if not router:
+        return ""
+    dropped = f" dropped {router['router_dropped']:.1%}" if router["router_dropped"] else ""
+    return f"  experts {router['router_least']:.2f}–{router['router_most']:.2f}{dropped}"
 
 
 class _JsonLines:

@@ -29,6 +29,8 @@ class OptimizerConfig:
       weight_decay: decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101), multiplied by the learning
         rate; norms and biases are left alone.
       clip_norm: gradients whose global norm is larger are scaled down to it; None or 0 never clips.
+      selection_bias_rate: by which the selection biases of a mixture of experts are moved after each step (see
+        `models.move_selection_biases`; DeepSeek-V3 took 1e-3); 0 leaves them as they are.
     """
 
     peak_learning_rate: float = 3e-4
@@ -40,6 +42,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    selection_bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
         checks = {
@@ -51,6 +54,7 @@ class OptimizerConfig:
             "b2": 0 <= self.b2 < 1,
             "eps": self.eps > 0,
             "weight_decay": self.weight_decay >= 0,
+            "selection_bias_rate": self.selection_bias_rate >= 0,
             "clip_norm": self.clip_norm is None or self.clip_norm >= 0,
         }
         for name, is_good in checks.items():
@@ -88,7 +92,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> Callable[
 
 
 def decay_mask(logical_axes: dict) -> dict:
-    """Which parameters weight decay pulls on: matrices do, norms and biases don't.
+    """Which parameters weight decay pulls on: matrices do (experts and routers among them), norms and biases don't.
 
     A leaf is left alone if it is named `scale` or `bias` (or ends in `_bias`), carries the logical axis "norm", or has
     fewer than two axes besides the stacked "layers" axis, which is not one of the parameter's own.

@@ -15,7 +15,7 @@ from llm_jax.errors import UserError
 
 
 def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, num_steps: int, seed: int,
-                      z_loss: float) -> dict[str, Any]:
+                      z_loss: float, expert_capacity: float | None = None) -> dict[str, Any]:
     """The settings on which the trained parameters depend, as plain JSON.
 
     Mesh, dtype, remat, gradient accumulation, logging and checkpoint intervals change speed or rounding and are not
@@ -28,6 +28,7 @@ def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, 
       data_hash: of the prepared data.
       optimizer: `OptimizerConfig`.
       num_steps, seed, z_loss: as given to `train`.
+      expert_capacity: of `Execution`, the one setting there that changes what is computed.
     """
     optimizer_settings = dataclasses.asdict(optimizer) | {"decay_steps": optimizer.decay_steps or num_steps}
     settings = {
@@ -36,6 +37,7 @@ def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, 
         "optimizer": optimizer_settings,
         "seed": seed,
         "z_loss": z_loss,
+        "expert_capacity": expert_capacity,
     }
     return json.loads(json.dumps(settings))
 

@@ -64,10 +64,12 @@ def state_shardings(model: Any, optimizer: optax.GradientTransformation, mesh: M
     return TrainState(step=replicated, params=params, opt_state=opt_state, rng=replicated, first_bad_step=replicated)
 
 
-def new_state(model: Any, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:
-    """A state at step 0 from the seed's key data; a pure function to be jitted (see `init_state`)."""
+def new_state(model: Any, optimizer: optax.GradientTransformation, seed: Array, params: Any = None) -> TrainState:
+    """A state at step 0 from the seed's key data, and from parameters if there are any; a pure function to be jitted
+    (see `init_state`)."""
     init_key, run_key = jax.random.split(jax.random.wrap_key_data(seed))
-    params = models.init_params(model, init_key)
+    if params is None:
+        params = models.init_params(model, init_key)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
                       rng=jax.random.key_data(run_key), first_bad_step=jnp.full((), NOTHING_BAD, jnp.int32))
 
@@ -80,7 +82,8 @@ def abstract_state(model: Any, optimizer: optax.GradientTransformation, sharding
                         shardings)
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState,
+               params: Any = None) -> TrainState:
     """Creates the state on the devices it belongs to; no device ever holds more than its share.
 
     Args:
@@ -88,13 +91,14 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int, s
       optimizer: the optax transformation.
       seed: of the initial parameters and of the run's key; the values don't depend on the mesh.
       shardings: from `state_shardings`.
+      params: float32 parameters to begin with, sharded so, which this takes over; None draws them from the seed.
     """
     is_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     # Random numbers for every leaf make a long program that runs once: optimizing it for CPU costs more than it saves.
     options = {"xla_backend_optimization_level": 1} if is_cpu else None
-    create = jax.jit(lambda key_data: new_state(model, optimizer, key_data), out_shardings=shardings,
-                     compiler_options=options)
-    return create(jax.random.key_data(jax.random.key(seed)))
+    create = jax.jit(lambda key_data, params: new_state(model, optimizer, key_data, params), out_shardings=shardings,
+                     compiler_options=options, donate_argnums=1)
+    return create(jax.random.key_data(jax.random.key(seed)), params)
 
 
 def num_bytes_per_device(tree: Any) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models
 from llm_jax.errors import UserError
+from llm_jax.objectives import balance
 from llm_jax.objectives.next_token import next_token_sums, targets_and_weights
 from llm_jax.parallel import rules as rules_lib
 from llm_jax.training.state import TrainState
@@ -22,8 +23,8 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 # How activations lie; a name that is absent is left to the compiler.
-ACTIVATION_RULES = {"batch": ("data", "fsdp"), "length": None, "activation_embed": None, "activation_mlp": "tensor",
-                    "activation_vocab": "tensor"}
+ACTIVATION_RULES = {"batch": ("data", "fsdp", "expert"), "length": None, "activation_embed": None,
+                    "activation_mlp": "tensor", "activation_vocab": "tensor", "activation_experts": "expert"}
 
 
 def microbatches(batch: Batch, count: int, mesh: Mesh | None = None) -> Batch:
@@ -44,11 +45,13 @@ def microbatches(batch: Batch, count: int, mesh: Mesh | None = None) -> Batch:
 
 
 def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_loss: float = 0.0, accumulation: int = 1,
-              mesh: Mesh | None = None, param_shardings: Any = None) -> tuple[Any, dict[str, Array]]:
+              mesh: Mesh | None = None, param_shardings: Any = None) -> tuple[Any, dict[str, Any]]:
     """Gradient of the batch's mean objective, by microbatches that are weighted by their tokens.
 
     The number of tokens is known before the first microbatch, so each contributes its share of the one mean, and the
-    sum over microbatches is the whole batch's gradient (up to the order of additions).
+    sum over microbatches is the whole batch's gradient (up to the order of additions). Two things are told from the
+    tokens of one microbatch alone: the balance loss of a mixture of experts (`next_token_sums`), and nothing else; an
+    expert's capacity is by row.
 
     Args:
       model: the Flax module.
@@ -65,11 +68,11 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
     """
     total = jnp.maximum(jnp.sum(targets_and_weights(batch)[1]), 1.0)
 
-    def objective(params: Any, micro: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
-        objective_sum, sums = next_token_sums(model.apply, params, micro, key, z_loss=z_loss)
+    def objective(params: Any, micro: Batch, key: Array | None) -> tuple[Array, dict[str, Any]]:
+        objective_sum, sums = next_token_sums(model.apply, params, micro, key, z_loss=z_loss, config=model.config)
         return objective_sum / total, sums
 
-    def micro_gradients(micro: Batch, key: Array | None) -> tuple[Any, dict[str, Array]]:
+    def micro_gradients(micro: Batch, key: Array | None) -> tuple[Any, dict[str, Any]]:
         grads, sums = jax.grad(objective, has_aux=True)(params, micro, key)
         if param_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
@@ -84,14 +87,15 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
         return jax.tree.map(jnp.add, carry, micro_gradients(piece, key)), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    zero_sums = {name: jnp.zeros((), jnp.float32) for name in ("loss_sum", "z_loss_sum", "weight_sum")}
     pieces = (jnp.arange(accumulation), microbatches(batch, accumulation, mesh))
+    sums_like = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], pieces[1]), rng)[1]
+    zero_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_like)
     (grads, sums), _ = jax.lax.scan(add, (zeros, zero_sums), pieces)
     return grads, sums
 
 
 def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callable, state: TrainState, batch: Batch, *,
-           z_loss: float = 0.0, accumulation: int = 1, mesh: Mesh | None = None,
+           z_loss: float = 0.0, selection_bias_rate: float = 0.0, accumulation: int = 1, mesh: Mesh | None = None,
            param_shardings: Any = None) -> tuple[TrainState, dict[str, Array]]:
     """One training step, as a pure function (`make_train_step` compiles it).
 
@@ -101,7 +105,7 @@ def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callab
     Returns:
       The next state, and float32 scalars: `loss` (cross-entropy, nats per token), `z_loss`, `learning_rate`,
       `grad_norm` (before clipping), `param_norm` (after the update), `tokens` (not padding), `targets`; and
-      `first_bad_step` (int32).
+      `first_bad_step` (int32). For a model with experts also what `objectives.balance.load` gives.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums = gradients(model, state.params, batch, rng, z_loss=z_loss, accumulation=accumulation, mesh=mesh,
@@ -115,6 +119,8 @@ def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callab
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if selection_bias_rate:
+        params = models.move_selection_biases(params, sums["router"]["assigned"], model.config, selection_bias_rate)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), (params, opt_state),
                                      (state.params, state.opt_state))
     first_bad_step = jnp.where(is_finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
@@ -124,6 +130,8 @@ def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callab
     metrics = {"loss": loss, "z_loss": z, "learning_rate": schedule(state.step), "grad_norm": grad_norm,
                "param_norm": optax.global_norm(params), "tokens": jnp.sum(tokens.astype(jnp.float32)),
                "targets": sums["weight_sum"], "first_bad_step": first_bad_step}
+    if "router" in sums:
+        metrics |= balance.load(sums["router"])
     return next_state, metrics
 
 
@@ -134,13 +142,13 @@ def check_batch_divides(rows: int, mesh: Mesh, accumulation: int) -> None:
         raise UserError(f"gradient_accumulation={accumulation} must be at least 1")
     if rows % (shards * accumulation):
         unit = shards * accumulation
-        raise UserError(f"a batch of {rows} rows can't be divided among {shards} devices (data × fsdp) in "
+        raise UserError(f"a batch of {rows} rows can't be divided among {shards} devices (data × fsdp × expert) in "
                         f"{accumulation} microbatches; choose a multiple of {unit}, such as "
                         f"{unit * math.ceil(rows / unit)}")
 
 
 def make_train_step(model: Any, optimizer: optax.GradientTransformation, schedule: Callable, mesh: Mesh,
-                    shardings: TrainState, *, z_loss: float = 0.0,
+                    shardings: TrainState, *, z_loss: float = 0.0, selection_bias_rate: float = 0.0,
                     accumulation: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Compiles `update` for a mesh. The state is donated: the one passed in is gone, its memory holds the new one.
 
@@ -151,15 +159,24 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformation, schedul
       mesh: the device mesh.
       shardings: from `state.state_shardings`.
       z_loss: see `next_token_sums`.
+      selection_bias_rate: see `OptimizerConfig`.
       accumulation: microbatches per step.
 
     Returns:
       A jitted (state, batch) → (state, metrics).
+
+    Raises:
+      UserError: selection biases are to be moved, and the model has none.
     """
+    experts = model.config.experts
+    if selection_bias_rate and (experts is None or not experts.selection_bias):
+        raise UserError(f"OptimizerConfig.selection_bias_rate={selection_bias_rate} moves the selection biases of "
+                        "experts, and the model has none; set it to 0, or Experts.selection_bias to True")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         with models.activation_rules(ACTIVATION_RULES):
-            return update(model, optimizer, schedule, state, batch, z_loss=z_loss, accumulation=accumulation, mesh=mesh,
+            return update(model, optimizer, schedule, state, batch, z_loss=z_loss,
+                          selection_bias_rate=selection_bias_rate, accumulation=accumulation, mesh=mesh,
                           param_shardings=shardings.params)
 
     jitted = jax.jit(train_step, donate_argnums=0, in_shardings=(shardings, rules_lib.batch_sharding(mesh)),

@@ -12,8 +12,9 @@ from llm_jax.parallel.mesh import MeshConfig, make_mesh, mesh_shape
 
 
 @pytest.mark.parametrize("config, devices, shape", [
-    (MeshConfig(), 1, (1, 1, 1)), (MeshConfig(data=-1), 8, (8, 1, 1)), (MeshConfig(fsdp=2), 8, (1, 2, 1)),
-    (MeshConfig(data=-1, fsdp=2, tensor=2), 8, (2, 2, 2)), (MeshConfig(fsdp=-1, tensor=2), 8, (1, 4, 2))])
+    (MeshConfig(), 1, (1, 1, 1, 1)), (MeshConfig(data=-1), 8, (8, 1, 1, 1)), (MeshConfig(fsdp=2), 8, (1, 2, 1, 1)),
+    (MeshConfig(data=-1, fsdp=2, tensor=2), 8, (2, 2, 1, 2)), (MeshConfig(fsdp=-1, tensor=2), 8, (1, 4, 1, 2)),
+    (MeshConfig(data=2, expert=-1), 8, (2, 1, 4, 1)), (MeshConfig(fsdp=-1, expert=2, tensor=2), 8, (1, 2, 2, 2))])
 def test_mesh_shape_fills_in_the_rest(config, devices, shape):
     assert mesh_shape(config, devices) == shape
 
@@ -34,7 +35,8 @@ def test_logical_axes_become_mesh_axes():
     assert rules.partition_spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
     assert rules.partition_spec(("vocab", "embed")) == P("tensor", "fsdp")
     assert rules.partition_spec(("layers", "heads", "head_dim", "embed")) == P(None, "tensor", None, "fsdp")
-    assert rules.partition_spec(("batch", "length")) == P(("data", "fsdp"), None)
+    assert rules.partition_spec(("batch", "length")) == P(("data", "fsdp", "expert"), None)
+    assert rules.partition_spec(("layers", "experts", "embed", "mlp")) == P(None, "expert", "fsdp", "tensor")
     with pytest.raises(UserError, match="no entry for the logical axis 'embde'"):
         rules.partition_spec(("embde", None))
 
@@ -48,9 +50,10 @@ def test_an_axis_that_cannot_be_divided_names_the_parameter():
 
 
 def test_each_process_brings_an_equal_share_of_the_rows():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert rules.batch_shards(mesh) == 4
-    assert rules.process_rows(rules.batch_sharding(mesh), 8) == (0, 1)
+    for config in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, expert=2, tensor=2)):
+        mesh = make_mesh(config)
+        assert rules.batch_shards(mesh) == 4
+        assert rules.process_rows(rules.batch_sharding(mesh), 8) == (0, 1)
 
 
 class Device(NamedTuple):
