@@ -15,10 +15,14 @@ ARGS =
 # A worker per core; a file's tests stay together, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
+# The environment with torch and transformers, which nothing else needs.
+PARITY_VENV ?= .venv-parity
+SEED ?=
+
 py := $(VENV)/bin/python
 flag = $(if $($(1)),'--$(2)=$($(1))')
 
-.PHONY: help quickstart test lint typecheck venv venv-dev clean
+.PHONY: help quickstart test test-parity golden lint typecheck venv venv-dev venv-parity clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +39,12 @@ quickstart: venv ## from a folder of text to a served model: prepare, train, eva
 test: lint typecheck ## lint, type check and the whole test suite
 	@$(py) -m pytest $(PYTEST_ARGS)
 
+test-parity: venv-parity ## against live transformers on shapes drawn afresh; writes docs/families.md. SEED=n repeats a run
+	@HF_HUB_OFFLINE=1 PARITY_SEED=$(SEED) $(PARITY_VENV)/bin/python -m pytest -n auto tests/parity
+
+golden: venv-parity ## make the files of tests/golden anew
+	@HF_HUB_OFFLINE=1 $(PARITY_VENV)/bin/python -m tests.golden.make
+
 lint: venv-dev ## ruff
 	@$(py) -m ruff check .
 
@@ -47,6 +57,9 @@ venv: ## the environment of requirements.txt, in $(VENV)
 venv-dev: ## the same with the tools of requirements-dev.txt
 	@sh tools/venv.sh dev
 
+venv-parity: ## both, torch and transformers, in $(PARITY_VENV)
+	@VENV=$(PARITY_VENV) sh tools/venv.sh parity
+
 clean: ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,7 +38,7 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     from llm_jax.data.documents import load_manifest, read_documents
     from llm_jax.data.windows import evaluation_windows, read_text_document
     from llm_jax.errors import UserError
-    from llm_jax.models import Decoder, Execution
+    from llm_jax.models import Execution, build_language_model
     from llm_jax.objectives.evaluation import evaluate_loss
 
     for name, value, least in (("batch_size", batch_size, 1), ("max_batches", max_batches, 0)):
@@ -71,7 +71,7 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     batches = evaluation_windows(documents, row_length, batch_size)
     if max_batches:
         batches = itertools.islice(batches, max_batches)
-    model = Decoder(run.config, Execution(dtype=dtype))
+    model = build_language_model(run.config, Execution(dtype=dtype))
     measured = evaluate_loss(model, run.params, batches, byte_lengths=run.tokenizer.byte_lengths)
     print(json.dumps(measured | report, ensure_ascii=False))
 

@@ -22,6 +22,8 @@ from etils import epath
 from llm_jax import storage
 from llm_jax.errors import UserError
 
+CHUNK_BYTES = 16 << 20  # most bytes of a piece in which parameters lie on disk
+_LEAST_UNIT_BYTES = 4 << 20
 _PARAMS = "params"
 
 
@@ -103,8 +105,8 @@ class Checkpoints:
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
         args = self._ocp.args
-        items = {"params": args.StandardSave(state[_PARAMS]), "data": args.JsonSave({"batches": int(data_state)}),
-                 "extra": args.JsonSave(extra or {})}
+        items = {"params": args.StandardSave(state[_PARAMS], save_args=self._cuts(state[_PARAMS])),
+                 "data": args.JsonSave({"batches": int(data_state)}), "extra": args.JsonSave(extra or {})}
         if rest := _without_params(state):
             items["state"] = args.StandardSave(rest)
         with self._writing():
@@ -159,6 +161,19 @@ class Checkpoints:
             params=args.StandardRestore(target))))
         return restored["params"]
 
+    def check_params(self, abstract_params: Any, step: int | None = None) -> None:
+        """UserError, naming the first difference, unless a checkpoint's parameters have these names and shapes."""
+        self._check(self._step(step), _PARAMS, abstract_params)
+
+    def params_shapes(self, step: int | None = None) -> tuple[int, Any]:
+        """The step (the latest for None) and a tree of `jax.ShapeDtypeStruct` of its parameters.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        step = self._step(step)
+        return step, self._saved_shapes(step, _PARAMS)
+
     def wait(self) -> None:
         """Returns when everything that `save` began is complete on disk; a UserError if it can't be written."""
         with self._writing():
@@ -193,6 +208,19 @@ class Checkpoints:
             have = "there is none yet" if last is None else f"the last complete one is that of step {last}"
             raise UserError(f"can't write a checkpoint to {self.directory}: {reason}; {have}") from error
 
+    def _cuts(self, params: Any) -> Any:
+        """How large leaves are cut into chunks on disk: first into layers (and experts), so that one can be read."""
+        def cut(leaf: Any) -> Any:
+            if leaf.nbytes <= CHUNK_BYTES:
+                return self._ocp.SaveArgs()
+            units, left = 0, leaf.nbytes
+            while units < leaf.ndim and left // leaf.shape[units] >= _LEAST_UNIT_BYTES:
+                left //= leaf.shape[units]
+                units += 1
+            return self._ocp.SaveArgs(shard_axes=tuple(range(units)), chunk_byte_size=CHUNK_BYTES)
+
+        return jax.tree.map(cut, params)
+
     def _step(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
@@ -207,6 +235,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises bare Exceptions too, with TensorStore's error as their cause
             cause = error.__cause__ or error
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            del cause
         _end_reads()
         others = [other for other in self.steps() if other != step]
         hint = f"remove it to use that of step {others[-1]}" if others else "there is no other"

@@ -91,6 +91,32 @@ def test_loading_needs_neither_gin_nor_the_launch_scripts(run_dir):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+def test_a_folder_of_tokenizer_files_is_taken_whole_and_obeyed(run_dir, tokenizer, tmp_path, caplog):
+    """As an import has them: other end tokens, no BOS in front, sampling unless the caller says otherwise."""
+    source, target = tmp_path / "hf", copy(run_dir, tmp_path)
+    tokenizer.save(source)
+    for name, fields in (("tokenizer_config.json", {"add_bos_token": False, "chat_template": "x"}),
+                         ("generation_config.json", {"eos_token_id": [5, 2], "do_sample": True, "temperature": 9.0,
+                                                     "repetition_penalty": 1.1, "max_new_tokens": 12})):
+        (source / name).write_text(json.dumps(fields))
+    (source / "model.safetensors").write_bytes(b"not the tokenizer's")
+    (target / "x.tiktoken").write_text("of another tokenizer")
+    runs.create(target, make_config(tokenizer), source, "", {})
+    assert not (target / "x.tiktoken").exists() and not (target / "model.safetensors").exists()
+    with runs.load(target) as run:
+        assert run.tokenizer.end_ids == (5, 2) and run.tokenizer.chat_template == "x"
+        drawn = {run.complete("def", seed=seed, ignore_eos=True).token_ids for seed in range(3)}
+        greedy = {run.complete("def", seed=seed, ignore_eos=True, temperature=0.0).token_ids for seed in range(3)}
+        usage = run.complete("def", ignore_eos=True).usage
+        tokens = next(iter(greedy))
+        run.tokenizer.end_ids = (tokens[2], 2)
+        ended = run.complete("def", temperature=0.0)
+    assert (len(drawn), len(greedy)) == (3, 1)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokenizer.encode("def")), 12)
+    assert ended.finish_reason == "stop" and ended.token_ids == tokens[:tokens.index(tokens[2])]
+    assert [r.message.count("repetition_penalty=1.1") for r in caplog.records] == [1]
+
+
 @pytest.mark.parametrize("damage, named", [
     (lambda d: (d / "model.json").unlink(), "not a run directory"),
     (lambda d: (d / "model.json").write_text("{"), "model.json cannot be read"),

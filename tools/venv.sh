@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the Python environment and installs what is asked for, once: tools/venv.sh GROUP, GROUP being run or dev.
+# Makes the Python environment and installs what is asked for, once: tools/venv.sh GROUP, GROUP being run, dev or parity.
 #
 # From the environment: VENV (folder), PYTHON (interpreter), BACKEND (cpu, tpu or cuda; what is installed stays if empty).
 # What was installed is written down in VENV only after it succeeded, with checksums of the requirement files: an
@@ -22,7 +22,8 @@ esac
 case $group in
   run) files=requirements.txt ;;
   dev) files='requirements.txt requirements-dev.txt' ;;
-  *) die "$group is not one of run, dev" ;;
+  parity) files='requirements.txt requirements-dev.txt requirements-parity.txt' ;;
+  *) die "$group is not one of run, dev, parity" ;;
 esac
 wanted="$BACKEND $(cat $files | cksum)"
 

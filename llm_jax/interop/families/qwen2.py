@@ -1,0 +1,37 @@
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values (arXiv:2407.10671)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_jax.interop import rope_fields
+from llm_jax.interop.families import common
+from llm_jax.interop.fields import Fields
+from llm_jax.interop.mapping import Tensor
+from llm_jax.models import ModelConfig
+
+ARCHITECTURES = common.architectures("Qwen2")
+IGNORED = common.IGNORED
+TIED = common.TIED
+
+
+def config_from_hf(f: Fields) -> ModelConfig:
+    """The model that a `config.json` describes."""
+    f.default(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+              num_attention_heads=32, num_key_value_heads=32, hidden_act="silu", max_position_embeddings=32768,
+              rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10000.0)
+    facts = common.read(f, ARCHITECTURES)
+    f.must("use_mrope", False)
+    return ModelConfig(family="qwen2", **facts, **rope_fields.read(f, facts["head_dim"], facts["max_context"]),
+                       **common.read_qwen_layers(f, facts["num_layers"]), qkv_bias=True)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model."""
+    return (common.write(config, ARCHITECTURES, "qwen2") | rope_fields.write(config)
+            | common.write_qwen_layers(config))
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """The tensors of a checkpoint."""
+    return common.tensors(config)

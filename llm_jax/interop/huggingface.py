@@ -1,0 +1,183 @@
+"""Checkpoint folders of Hugging Face as a model in memory, and back.
+
+    from llm_jax import hf
+
+    model, params, config, tokenizer = hf.load("Qwen3-0.6B")
+    logits_BTV = model.apply({"params": params}, tokens_BT)
+    hf.save("out", params, config, tokenizer)
+
+Nothing is unpickled, and no code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llm_jax import models, storage
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.data.tokenizers import folder as tokenizer_folder
+from llm_jax.errors import UserError
+from llm_jax.interop import families
+from llm_jax.interop.mapping import Part, to_ours, to_theirs
+from llm_jax.interop.matching import match, parameter_dtype, place
+from llm_jax.interop.placing import Placer
+from llm_jax.interop.safetensors import NAMES, Folder, Writer, read_json
+from llm_jax.interop.slices import flat
+from llm_jax.models import ModelConfig
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """The model that a folder's config.json describes.
+
+    Raises:
+      UserError: there is none, or it says something that is not supported; names the key.
+    """
+    path = local(directory) / CONFIG
+    if not path.exists():
+        raise UserError(f"{path.parent} is no checkpoint folder: it has no {CONFIG}")
+    if not any(path.parent.glob("*.safetensors")):
+        return families.config_from_hf(read_json(path), str(path))
+    with Folder(path.parent) as folder:
+        return families.config_from_hf(read_json(path), str(path), folder.tensors)
+
+
+def load(directory: str | os.PathLike, dtype: str | None = None,
+         mesh: Mesh | None = None) -> tuple[Any, Any, ModelConfig, Tokenizer | None]:
+    """Reads a checkpoint folder.
+
+    Args:
+      directory: with config.json, safetensors (one file, or several with an index) and a tokenizer, if it has one.
+      dtype: of the parameters ("float32", "bfloat16", "float16"); None keeps what is stored.
+      mesh: the devices over which the parameters are sharded; None puts them on the first.
+
+    Returns:
+      (model, params, config, tokenizer): the Flax module, the parameters in the stacked layout, what the model is, and
+      None for the last where the folder has no tokenizer. The host holds one tensor at a time.
+
+    Raises:
+      UserError: the folder is damaged, or holds what this project does not know; nothing was put on a device.
+    """
+    directory = local(directory)
+    config = read_config(directory)
+    kept = parameter_dtype(dtype)
+    tokenizer = load_tokenizer(directory)
+    with Folder(directory) as folder:
+        matched = match(folder, config, families.by_name(config.family), kept)
+        placer = Placer(matched.leaves, mesh)
+        for name, tensor in in_file_order(folder, matched.tensors):
+            array = folder.read(name)
+            for part in tensor.parts:
+                placer.put(*place(part, config), to_ours(part, array))
+    return models.build(config), placer.finish(), config, tokenizer
+
+
+def save(directory: str | os.PathLike, params: Any, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a folder that `transformers` loads.
+
+    Args:
+      directory: made if it is not there; weights in it are replaced.
+      params: stacked parameters, NumPy or JAX arrays; each tensor is written in the dtype of its leaf.
+      config: the model.
+      tokenizer: its files, chat template included, are written too.
+
+    Raises:
+      UserError: the parameters are not this model's, its family has no config.json for it, or the disk refuses.
+    """
+    directory = local(directory)
+    fields = families.config_to_hf(config)
+    leaves = flat(params)
+    check_shapes(leaves, config, "params")
+    tensors = families.by_name(config.family).tensors(config)
+
+    def dtype_of(part: Part) -> np.dtype:
+        dtype = np.dtype(leaves[place(part, config)[0]].dtype)
+        if dtype not in NAMES:
+            raise UserError(f"params/{'/'.join(place(part, config)[0])} is {dtype}, which safetensors does not have")
+        return dtype
+
+    def read(part: Part) -> np.ndarray:
+        path, index = place(part, config)
+        return np.asarray(leaves[path][index] if index else leaves[path])
+
+    # The parts of a fused tensor come from several leaves, which may differ.
+    dtypes = {t.name: np.dtype(functools.reduce(jnp.promote_types, map(dtype_of, t.parts))) for t in tensors}
+    announced = [(t.name, NAMES[dtypes[t.name]], t.shape) for t in tensors]
+    with Writer(directory, announced) as writer:
+        for tensor in tensors:
+            writer.write(tensor.name, to_theirs(tensor, read).astype(dtypes[tensor.name], copy=False))
+    fields |= dtype_field(dtypes.values()) | token_fields(tokenizer)
+    write_json(directory / CONFIG, fields)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory)
+
+
+def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer in a folder; None where there is none."""
+    return Tokenizer.load(directory) if tokenizer_folder.present(directory) else None
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """Writes a tokenizer's files, and a generation_config.json if it brings none."""
+    tokenizer.save(directory)
+    if not (directory / GENERATION).exists():
+        write_json(directory / GENERATION, token_fields(tokenizer))
+
+
+def token_fields(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The keys of config.json that number the special tokens."""
+    if tokenizer is None:
+        return {}
+    ends = list(tokenizer.end_ids)
+    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id,
+             "pad_token_id": tokenizer.pad_id}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def dtype_field(dtypes: Any) -> dict[str, str]:
+    """The key of config.json that says in which dtype the weights are: the one that most tensors have."""
+    names = [str(np.dtype(dtype)) for dtype in dtypes]
+    return {"dtype": max(sorted(set(names)), key=names.count)}
+
+
+def check_shapes(leaves: Mapping[tuple[str, ...], Any], config: ModelConfig, where: str) -> None:
+    """UserError that names the first leaf in which `leaves` differ from the stacked parameters of the model."""
+    wanted = flat(models.abstract_params(models.build(config)))
+    for path, leaf in wanted.items():
+        if path not in leaves:
+            raise UserError(f"{where} lacks {'/'.join(path)} of shape {leaf.shape}")
+        if tuple(leaves[path].shape) != leaf.shape:
+            raise UserError(f"{where}: {'/'.join(path)} has shape {tuple(leaves[path].shape)}, expected {leaf.shape}")
+    if surplus := [path for path in leaves if path not in wanted]:
+        raise UserError(f"{where}: {'/'.join(surplus[0])} is no parameter of this model")
+
+
+def in_file_order(folder: Folder, tensors: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The tensors as they follow one another on disk."""
+    return sorted(tensors.items(), key=lambda t: (folder.tensors[t[0]].file, folder.tensors[t[0]].offset))
+
+
+def local(directory: str | os.PathLike) -> pathlib.Path:
+    """`directory` as a path of this machine; a UserError for an address."""
+    if "://" in os.fspath(directory):
+        raise UserError(f"{directory}: checkpoints are read and written on local disks only; copy it there first")
+    return pathlib.Path(os.path.abspath(os.path.expanduser(directory)))
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file as `transformers` does: indented, keys in order."""
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        storage.write_atomically(path, text.encode())
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
