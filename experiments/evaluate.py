@@ -45,8 +45,9 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
         if value < least:
             raise UserError(f"--{name}={value} must be at least {least}")
     run = runs.load(run_dir)
-    limit = run.config.max_context
-    row_length = row_length or run.manifest.get("settings", {}).get("data", {}).get("row_length") or limit
+    limit = run.config.longest_context
+    trained = run.manifest.get("settings", {}).get("data", {}).get("row_length")
+    row_length = row_length or trained or run.config.max_context
     if not 1 <= row_length <= limit:
         raise UserError(f"--row_length={row_length} must be between 1 and the model's context, {limit}")
     report: dict = {}
@@ -71,7 +72,8 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     batches = evaluation_windows(documents, row_length, batch_size)
     if max_batches:
         batches = itertools.islice(batches, max_batches)
-    model = build_language_model(run.config, Execution(dtype=dtype))
+    fixed = row_length if run.config.switches_on_length else None  # or a loss would depend on the batch's longest text
+    model = build_language_model(run.config, Execution(dtype=dtype, rope_context=fixed))
     measured = evaluate_loss(model, run.params, batches, byte_lengths=run.tokenizer.byte_lengths)
     print(json.dumps(measured | report, ensure_ascii=False))
 

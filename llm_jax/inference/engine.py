@@ -73,14 +73,6 @@ def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     return tuple(sorted(shapes))
 
 
-def longest_context(config: ModelConfig) -> int:
-    """The most tokens a model can be served with: its own context, or what dynamic rope scaling stretches it to."""
-    scaling = config.rope_scaling
-    if config.positions != "rotary" or scaling is None or scaling.kind != "dynamic":
-        return config.max_context
-    return max(config.max_context, int(scaling.factor * (scaling.original_context or config.max_context)))
-
-
 @dataclasses.dataclass(frozen=True)
 class PreparedStep:
     """A step ready to run: its compiled shape, its arrays, and which row draws for which sequence id."""
@@ -130,9 +122,8 @@ class Engine:
         self.config = config
         self.dtype = options.dtype or default_dtype()
         self.max_context = options.max_context or config.max_context
-        longest = longest_context(config)
-        if self.max_context > longest:
-            raise UserError(f"max_context={self.max_context} is more than the model's {longest}")
+        if self.max_context > config.longest_context:
+            raise UserError(f"max_context={self.max_context} is more than the model's {config.longest_context}")
         # With the rope context fixed, a token's keys do not depend on how long its sequence becomes.
         self.model = Decoder(config, Execution(dtype=self.dtype, scan_layers=False, rope_context=self.max_context))
         self.params = _serving_params(config, params, self.dtype, free_params)

@@ -209,6 +209,22 @@ class ModelConfig:
         """What the products of queries and keys are multiplied by."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def longest_context(self) -> int:
+        """The most tokens the model can be run on: `max_context`, or what its rope scaling stretches the original
+        context to, where a checkpoint gives the unstretched one as its own."""
+        s = self.rope_scaling
+        if self.positions != "rotary" or s is None or s.kind not in ("linear", "dynamic", "yarn"):
+            return self.max_context
+        return max(self.max_context, int(s.factor * (s.original_context or self.max_context)))
+
+    @property
+    def switches_on_length(self) -> bool:
+        """Whether rotary frequencies depend on the longest position of a call, unless `Execution.rope_context` fixes
+        them."""
+        return self.positions == "rotary" and self.rope_scaling is not None and self.rope_scaling.kind in (
+            "dynamic", "longrope")
+
     def cache_widths(self) -> tuple[int, int, int]:
         """What a layer caches of a token: (heads, width of a key, width of a value).
 
@@ -269,7 +285,7 @@ def _counts(config: ModelConfig) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is run; changes speed, memory and rounding, never what is computed (but for expert_capacity).
+    """How a model is run; changes speed, memory and rounding, never what is computed (but for the last two).
 
     Attributes:
       dtype: dtype of activations and of the weights as they are multiplied; softmax and logits are float32 always.
@@ -277,7 +293,8 @@ class Execution:
       remat: what the backward pass recomputes: "none" keeps everything, "full" keeps each block's input, "dots" keeps
         matrix products without batch dimensions, "save_attention" keeps each attention's output.
       rope_context: the length that rope scalings which switch on length ("dynamic", "longrope") are computed for; None
-        takes the longest position of each call, as training and Hugging Face's modules do. A server fixes it.
+        takes the longest position of each call, as Hugging Face's modules do. Trainer and server fix it: otherwise a
+        token's logits depend on the length of other rows.
       expert_capacity: in training, an expert takes at most this factor times its even share of a row's tokens and the
         rest pass it by; None drops nothing.
     """

@@ -148,8 +148,11 @@ def _rows(table: Array, index: Array) -> Array:
     return jnp.take(table, index, axis=0, mode="clip").astype(jnp.float32)
 
 
-def positions_along(tokens_BT: Array) -> Array:
-    """0, 1, 2, … along each row."""
+def positions_along(tokens_BT: Array, config: ModelConfig) -> Array:
+    """0, 1, 2, … along each row; UserError where a table of learned positions ends before."""
+    if config.positions == "learned" and tokens_BT.shape[1] > config.max_context:
+        raise UserError(f"rows of {tokens_BT.shape[1]} tokens are longer than the model's {config.max_context} learned "
+                        f"positions; packed rows need positions that begin anew with each document")
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
@@ -195,7 +198,8 @@ class Decoder(nn.Module):
         c, e = self.config, self.execution
         x_BTD = self.embed(tokens_BT, positions_BT, jnp.dtype(e.dtype))
         x_BTD = nn.with_logical_constraint(x_BTD, RESIDUAL)
-        turns = rotations(c, positions_BT, e.rope_context)
+        # Constants of the step: without this, the scan's backward pass would carry their gradients along (4 %).
+        turns = jax.lax.stop_gradient(rotations(c, positions_BT, e.rope_context))
         if e.scan_layers:
             for group in groups(c):
                 x_BTD, _ = getattr(self, group.name)(x_BTD, None, turns, context)
@@ -234,7 +238,7 @@ class Decoder(nn.Module):
           sequence is read from the last token of the row that is not padding.
         """
         if positions_BT is None:
-            positions_BT = positions_along(tokens_BT)
+            positions_BT = positions_along(tokens_BT, self.config)
         x_BTD, _ = self.hidden(tokens_BT, positions_BT, DenseContext(segment_ids_BT))
         head = self.config.head
         if head is not None:

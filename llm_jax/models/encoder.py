@@ -101,7 +101,7 @@ class Encoder(nn.Module):
                positions_BT: Array | None = None) -> Array:
         """The output of the last block, [B, T, D] in the execution dtype; arguments as of `__call__`."""
         c, e = self.config, self.execution
-        positions_BT = positions_along(tokens_BT) if positions_BT is None else positions_BT
+        positions_BT = positions_along(tokens_BT, c) if positions_BT is None else positions_BT
         x_BTD = self.embed(tokens_BT, positions_BT, jnp.dtype(e.dtype), token_types_BT)
         turns, context = rotations(c, positions_BT, e.rope_context), DenseContext(segment_ids_BT, causal=False)
         bias_HTT = self.relative_positions(x_BTD.shape[1]) if c.positions == "relative" else None

@@ -93,7 +93,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, tokens_BS: Array, segment_ids_BS: Array | None = None) -> Array:
         """The encoder's normalised output, [B, S, D] in the execution dtype; arguments as of `__call__`."""
-        positions_BS = positions_along(tokens_BS)
+        positions_BS = positions_along(tokens_BS, self.config)
         x_BSD = self.embed(tokens_BS, positions_BS, jnp.dtype(self.execution.dtype))
         return self.encoder(x_BSD, positions_BS, segment_ids_BS)
 
@@ -101,7 +101,7 @@ class EncoderDecoder(nn.Module):
                decoder_segment_ids_BT: Array | None = None) -> Array:
         """The decoder's normalised output, [B, T, D], over what `encode` gave; arguments as of `__call__`."""
         c, e = self.config, self.execution
-        positions_BT = positions_along(decoder_tokens_BT)
+        positions_BT = positions_along(decoder_tokens_BT, c)
         x_BTD = self.embed(decoder_tokens_BT, positions_BT, jnp.dtype(e.dtype))
         packed = segment_ids_BS is not None and decoder_segment_ids_BT is not None
         across = DenseContext(decoder_segment_ids_BT if packed else None, segment_ids_BS, causal=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -100,9 +101,13 @@ def train(
     data_manifest = load_manifest(data.data_dir, verify=False)
     manifest = resume.read_manifest(run_dir)
     model = origin.find_model(model, init_from, run_dir, manifest)
+    if model.switches_on_length and execution.rope_context is None:
+        # Or a document's loss would depend on the longest one that shares its microbatch.
+        execution = dataclasses.replace(execution, rope_context=data.row_length)
     settings = resume.decisive_settings(model=model, data=data, data_hash=data_manifest["data_hash"],
                                         optimizer=optimizer, num_steps=num_steps, seed=seed, z_loss=z_loss,
-                                        expert_capacity=execution.expert_capacity)
+                                        expert_capacity=execution.expert_capacity,
+                                        rope_context=execution.rope_context if model.switches_on_length else None)
     settings |= origin.decisive(init_from)
     if manifest is not None:
         resume.check_same(run_dir, manifest.get("settings", {}), settings)
@@ -151,9 +156,9 @@ class _Run:
                             f"with --gin.VOCAB_SIZE={config.vocab_size} and another DATA_DIR")
         if init_from is not None and resume.read_manifest(run_dir) is None:
             origin.check_tokenizer(init_from, self.tokenizer, data.data_dir)
-        if data.row_length > config.max_context:
+        if data.row_length > config.longest_context:
             raise UserError(f"DataConfig.row_length={data.row_length} is more than ModelConfig.max_context="
-                            f"{config.max_context}")
+                            f"{config.longest_context}")
         self.schedule = learning_rate_schedule(optimizer, num_steps)
         self.model = build_language_model(config, execution)
         self.optimizer = make_optimizer(optimizer, num_steps, decay_mask(logical_axes(self.model)))

@@ -12,10 +12,13 @@ from etils import epath
 
 from llm_jax import runs, storage
 from llm_jax.errors import UserError
+from llm_jax.models import ModelConfig
+from llm_jax.training.optimizer import OptimizerConfig
 
 
 def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, num_steps: int, seed: int,
-                      z_loss: float, expert_capacity: float | None = None) -> dict[str, Any]:
+                      z_loss: float, expert_capacity: float | None = None,
+                      rope_context: int | None = None) -> dict[str, Any]:
     """The settings on which the trained parameters depend, as plain JSON.
 
     Mesh, dtype, remat, gradient accumulation, logging and checkpoint intervals change speed or rounding and are not
@@ -28,7 +31,7 @@ def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, 
       data_hash: of the prepared data.
       optimizer: `OptimizerConfig`.
       num_steps, seed, z_loss: as given to `train`.
-      expert_capacity: of `Execution`, the one setting there that changes what is computed.
+      expert_capacity, rope_context: of `Execution`, the settings there that change what is computed.
     """
     optimizer_settings = dataclasses.asdict(optimizer) | {"decay_steps": optimizer.decay_steps or num_steps}
     settings = {
@@ -38,13 +41,14 @@ def decisive_settings(*, model: Any, data: Any, data_hash: str, optimizer: Any, 
         "seed": seed,
         "z_loss": z_loss,
         "expert_capacity": expert_capacity,
+        "rope_context": rope_context,
     }
     return json.loads(json.dumps(settings))
 
 
 def check_same(run_dir: epath.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """UserError that names every setting of `wanted` that the run in `run_dir` was not started with."""
-    before, now = _flat(saved), _flat(wanted)
+    before, now = _defaults() | _flat(saved), _flat(wanted)
     differing = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in sorted(before | now)
                  if before.get(name) != now.get(name)]
     if differing:
@@ -76,6 +80,13 @@ def check_writable(run_dir: epath.PathLike) -> None:
     except OSError as error:
         raise UserError(f"can't write to the run directory {directory}: {error.strerror or error}; set RUN_DIR to one "
                         "that can be written") from error
+
+
+def _defaults() -> dict[str, Any]:
+    """What a run that was started before a setting existed had for it."""
+    made = {section: {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+            for section, config in (("model", ModelConfig), ("optimizer", OptimizerConfig))}
+    return _flat(json.loads(json.dumps(made)))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

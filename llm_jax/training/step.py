@@ -49,9 +49,9 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
     """Gradient of the batch's mean objective, by microbatches that are weighted by their tokens.
 
     The number of tokens is known before the first microbatch, so each contributes its share of the one mean, and the
-    sum over microbatches is the whole batch's gradient (up to the order of additions). Two things are told from the
-    tokens of one microbatch alone: the balance loss of a mixture of experts (`next_token_sums`), and nothing else; an
-    expert's capacity is by row.
+    sum over microbatches is the whole batch's gradient (up to the order of additions). Only the balance loss of a
+    mixture of experts is told from one microbatch's tokens alone (`next_token_sums`); an expert's capacity is by row,
+    and rotary frequencies that switch on length are fixed by `Execution.rope_context`.
 
     Args:
       model: the Flax module.

@@ -12,7 +12,7 @@ import pytest
 from llm_jax.errors import UserError
 from llm_jax.inference import memory
 from llm_jax.inference.batch import StepShape, build, choose_shape
-from llm_jax.inference.engine import Engine, EngineConfig, leaf_dtype, longest_context, step_shapes
+from llm_jax.inference.engine import Engine, EngineConfig, leaf_dtype, step_shapes
 from llm_jax.inference.pages import PagePool
 from llm_jax.inference.scheduler import Scheduler, Sequence
 from llm_jax.kernels.paged import make_pool
@@ -126,9 +126,9 @@ def test_what_the_device_cannot_hold_is_one_message(config, params, monkeypatch)
 def test_a_context_longer_than_the_model_is_refused(config, params):
     with pytest.raises(UserError, match="97 is more than the model's 96"):
         Engine(config, params, EngineConfig(max_context=97))
-    stretched = dataclasses.replace(config, rope_scaling=RopeScaling("dynamic", factor=2.5))
-    assert longest_context(stretched) == 240
-    assert longest_context(dataclasses.replace(config, rope_scaling=RopeScaling("linear", factor=2.5))) == 96
+    for scaling, longest in ((RopeScaling("dynamic", factor=2.5), 240), (RopeScaling("yarn", 2.5, 64), 160),
+                             (RopeScaling("yarn", 2.5, 32), 96), (RopeScaling("llama3", 2.5, 96), 96)):
+        assert dataclasses.replace(config, rope_scaling=scaling).longest_context == longest
 
 
 def test_weights_are_cast_once_and_routing_keeps_its_precision():

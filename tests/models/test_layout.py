@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jax import models
+from llm_jax.errors import UserError
 from llm_jax.models import Decoder, Execution, Experts, LatentAttention, ModelConfig
 from llm_jax.models.layout import groups, layer_kinds, places
 from tests.models.drawn import drawn_params
@@ -89,3 +90,12 @@ def test_shapes_axes_and_counts_agree(made):
     jax.tree.map(lambda leaf, names: None if leaf.ndim == len(names) else pytest.fail(f"{leaf.shape} {names}"), params,
                  axes)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == c.num_params()
+
+
+def test_rows_past_a_table_of_positions_are_refused_unless_they_are_packed():
+    c = MIXED["learned positions, LayerNorm, biases"]
+    tokens = np.zeros((1, 40), np.int32)
+    with pytest.raises(UserError, match="40 tokens are longer than the model's 32 learned positions"):
+        jax.eval_shape(lambda p: Decoder(c).apply({"params": p}, tokens), models.abstract_params(Decoder(c)))
+    jax.eval_shape(lambda p: Decoder(c).apply({"params": p}, tokens, tokens + 1, tokens),
+                   models.abstract_params(Decoder(c)))

@@ -9,11 +9,13 @@ import pytest
 
 from llm_jax import models
 from llm_jax.errors import UserError
+from llm_jax.objectives.next_token import next_token_sums
 from llm_jax.parallel import rules
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
 from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
 from llm_jax.training.state import init_state, state_shardings
 from llm_jax.training.step import check_batch_divides, gradients, make_train_step, microbatches
+from tests.models.drawn import drawn_params
 from tests.training.common import LENGTH, MODEL, ROWS, VOCAB
 
 DECODER = models.Decoder(MODEL)
@@ -44,6 +46,23 @@ def test_microbatches_hold_every_row_once_and_stay_on_their_devices():
     cut = np.asarray(microbatches({"x": jnp.asarray(x)}, 2)["x"])[..., 0]
     # Two devices hold rows 0-3 and 4-7: each microbatch has two rows of either, in that order.
     np.testing.assert_array_equal(cut, [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
+def test_a_loss_does_not_depend_on_the_length_of_other_rows_once_the_rope_context_is_fixed():
+    scaling = models.RopeScaling("longrope", 4.0, 16, short_factors=(1.0,) * 4, long_factors=(3.0,) * 4)
+    config = dataclasses.replace(MODEL, num_layers=1, rope_scaling=scaling)
+    params, batch = drawn_params(config), rows(0)  # some rows are longer than 16 tokens, some shorter
+    order = np.argsort((batch["segment_ids"] > 0).sum(axis=1), kind="stable")
+    short_first = {name: value[order] for name, value in batch.items()}
+
+    def loss(rope_context, rows):
+        model = models.Decoder(config, models.Execution(rope_context=rope_context))
+        return float(jax.jit(lambda p, b: next_token_sums(model.apply, p, b)[0])(
+            params, {name: value[rows] for name, value in short_first.items()}))
+
+    halves = slice(0, 4), slice(4, 8)
+    assert abs(sum(loss(LENGTH, h) for h in halves) / loss(LENGTH, slice(8)) - 1) < 1e-6
+    assert abs(sum(loss(None, h) for h in halves) / loss(None, slice(8)) - 1) > 1e-4
 
 
 def test_accumulated_gradients_equal_those_of_the_large_batch(setup):
