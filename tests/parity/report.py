@@ -33,7 +33,7 @@ Each line is the worst of {draws} drawn models.
   forward a row. BERT's are those of the masked-LM head; its next-sentence logits are held to the same bound.
 - **Gradient**: of the mean cross-entropy, tensor by tensor of the checkpoint: the largest difference divided by the
   tensor's own largest entry, worst tensor of all; the bound is 1e-3. (A gradient that is 0 in exact arithmetic, such as
-  that of the bias of BERT's keys, is all rounding; it is measured against 1e-4 of the model's largest.)
+  that of the bias of BERT's keys, has to be under 2e-5 of the model's largest in both.)
 - **KL**: from `transformers`' distribution of the next token to ours, in nats, mean over positions, computed in float64
   from float32 logits.
 - **Parameters**: of the largest model drawn, the same number in both libraries.
