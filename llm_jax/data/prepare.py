@@ -272,6 +272,7 @@ def _publish(work: pathlib.Path, directory: pathlib.Path, manifest: dict) -> Non
     for name in list(folder.names_in(directory)):
         (directory / name).unlink()
     for name in manifest["files"]:
+        (directory / name).parent.mkdir(exist_ok=True)  # of chat templates
         os.replace(work / name, directory / name)
     storage.write_atomically(directory / manifests.FILE_NAME, json.dumps(manifest, indent=1, ensure_ascii=False)
                             .encode("utf-8", "surrogatepass"))  # paths need not be valid Unicode

@@ -37,7 +37,7 @@ class Tokenizer(abc.ABC):
       bos_id, eos_id, unk_id, cls_id, sep_id, mask_id: special tokens, None where the tokenizer has none.
       pad_id: the padding token; without one the end token, without that 0.
       special_ids: control tokens: `encode(text)` gives none of them but the one for unknown text, `decode` drops them.
-      end_ids: tokens at which generation ends: generation_config.json's, and the tokenizer's own.
+      end_ids: tokens at which generation ends: generation_config.json's; without any there config.json's, else EOS.
       prefix_ids, suffix_ids: what the model expects before and behind a prompt.
       max_token_bytes: UTF-8 bytes of text that one token of `encode(text)` can stand for, at most; None where there is
         no limit, because text is normalised or any length of unknown text is one token.
@@ -84,9 +84,11 @@ class Tokenizer(abc.ABC):
         """Reads a tokenizer, given as its file or as the folder (local or a bucket) that holds it.
 
         `tokenizer.json` goes before `tokenizer.model`, and that before `*.tiktoken`; `tokenizer.model` may be a
-        SentencePiece model or a list of ranks. Special tokens, chat template and end tokens come from the files beside
-        it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja,
-        generation_config.json and config.json. Nothing in them is executed.
+        SentencePiece model or a list of ranks. Without any of them, GPT-2's, Qwen2's and BERT's older form is read
+        (vocab.json with merges.txt, vocab.txt), and saved as tokenizer.json. Special tokens, chat templates and end
+        tokens come from the files beside it: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+        chat_template.jinja, additional_chat_templates/, generation_config.json and config.json. Nothing in them is
+        executed.
 
         Raises:
           UserError: there is none, a file is damaged, or of a kind that is not supported.
@@ -198,25 +200,29 @@ class Tokenizer(abc.ABC):
         return chat.templates(self.files).get("default")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-                    add_generation_prompt: bool = True, **variables: Any) -> str:
+                    add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
         """A conversation as the text that the model was trained on, by its chat template.
 
         Args:
           messages: `{"role": …, "content": …}` each.
           tools: JSON schemas of functions that the model may call.
           add_generation_prompt: whether to end where the assistant's next turn begins.
+          template: the name of one of several templates; None takes "tool_use" where there is one and there are tools,
+            else "default".
           **variables: what else the template reads (`enable_thinking`, `documents` …).
         Raises:
-          UserError: there is no template, or it refuses the conversation.
+          UserError: there is no template, or none of that name, or it refuses the conversation.
         """
         from llm_jax.data.tokenizers import chat
 
-        return chat.render(self.files, messages, tools, add_generation_prompt, self._special_texts() | variables)
+        return chat.render(self.files, messages, tools, add_generation_prompt, template,
+                           self._special_texts() | variables)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-                    add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+                    add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> list[int]:
         """The tokens of `render_chat`; BOS is among them if the template writes it, and is not added."""
-        return self.encode(self.render_chat(messages, tools, add_generation_prompt, **variables), special=True)
+        text = self.render_chat(messages, tools, add_generation_prompt, template, **variables)
+        return self.encode(text, special=True)
 
     @abc.abstractmethod
     def token_text(self, token_id: int) -> str:
@@ -240,8 +246,10 @@ class Tokenizer(abc.ABC):
         learnt = {name: text for name, text in texts.items() if name.removesuffix("_token") not in named}
         if learnt:
             made[folder.SPECIALS] = _to_json(self.files.fields(folder.SPECIALS) | learnt)
-        if folder.GENERATION not in self.files.contents and set(self.end_ids) - {self.eos_id}:
-            made[folder.GENERATION] = _to_json({"_from_model_config": True, "eos_token_id": list(self.end_ids)})
+        generation = self.files.fields(folder.GENERATION)
+        if generation.get("eos_token_id") is None and self.end_ids != (self.eos_id,) and self.end_ids:
+            made[folder.GENERATION] = _to_json((generation or {"_from_model_config": True})
+                                               | {"eos_token_id": list(self.end_ids)})
         return made
 
 

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from llm_jax import storage
+from llm_jax.data.tokenizers import folder
 from llm_jax.errors import UserError
 from llm_jax.inference.request import SamplingParams
 
@@ -75,18 +76,52 @@ def read(directory: str | os.PathLike) -> SamplingDefaults:
       UserError: the file cannot be read, or holds values that are none.
     """
     path = storage.as_path(directory) / FILE_NAME
-    try:
-        if not path.exists():
-            return SamplingDefaults()
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(fields).__name__}")
+    fields = _object(path)
     try:
         return _defaults(fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def answer_tokens(directory: str | os.PathLike) -> tuple[int, tuple[int, ...]]:
+    """Where an encoder–decoder's answers begin and end: `start_id` and `end_ids` of `seq2seq.generate`.
+
+    Each is the first that is given: `decoder_start_token_id` of generation_config.json, of config.json, then
+    `bos_token_id`; `eos_token_id` likewise (no end tokens if none is given).
+
+    Args:
+      directory: an imported run directory or a Hugging Face folder.
+    Raises:
+      UserError: a file cannot be read, an id is no whole number, or nothing says where answers begin.
+    """
+    where = storage.as_path(directory)
+    objects = [_object(where / name) for name in (FILE_NAME, *folder.MODEL_CONFIG)]
+
+    def first(*names: str) -> list[int]:
+        for name in names:
+            for fields in objects:
+                ids = folder.listed_ids(fields.get(name))
+                if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                    raise UserError(f"{where}: {name} must be a token's id, not {fields[name]!r:.80}")
+                if ids:
+                    return ids
+        return []
+
+    start = first("decoder_start_token_id", "bos_token_id")
+    if not start:
+        raise UserError(f"{where}: neither {FILE_NAME} nor config.json has a decoder_start_token_id")
+    return start[0], tuple(dict.fromkeys(first("eos_token_id")))
+
+
+def _object(path: Any) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    try:
+        fields = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(fields).__name__}")
+    return fields
 
 
 def _defaults(fields: dict[str, Any]) -> SamplingDefaults:

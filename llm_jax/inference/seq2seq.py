@@ -28,7 +28,7 @@ def generate(model: EncoderDecoder, params: Any, tokens_BS: Array, segment_ids_B
       segment_ids_BS: int32, 1 for tokens and 0 for padding; None if there is none.
       max_tokens: most tokens of an answer.
       start_id: what the decoder reads first (T5's is its padding, 0).
-      end_ids: tokens that end an answer.
+      end_ids: tokens that end an answer. `generation_config.answer_tokens(run_dir)` reads both of an imported model.
     Returns:
       int32 tokens [B, max_tokens], of which each row's first lengths[b] are its answer, the end token included, and
       start_id comes after them; and int32 lengths [B].

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import pathlib
+import shutil
 
 import pytest
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import UserError
+from llm_jax.interop.exporting import export_run
+from llm_jax.interop.importing import import_run
 from tests.data import chat_templates as chats
 from tests.data import tokenizer_kinds as kinds
 
@@ -62,6 +66,36 @@ def test_where_templates_come_from(having, base):
     with pytest.raises(UserError, match="no chat template"):
         Tokenizer.load(base).render_chat([])
     assert Tokenizer.load(base).chat_template is None
+
+
+def test_named_templates_are_read_chosen_by_name_and_saved(having, tmp_path):
+    having([{"name": "default", "template": "config's"}, {"name": "old", "template": "o"}], jinja="d")
+    for name, text in (("tool_use", "t"), ("rag", "r {{ documents }}"), ("default.txt", "no template")):
+        kinds.write(tmp_path / "additional_chat_templates", **{name if "." in name else f"{name}__jinja": text})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.render_chat([]), tokenizer.render_chat([], tools=[])) == ("d", "d", "t")
+    assert tokenizer.render_chat([], tools=[], template="rag", documents=1) == "r 1"
+    assert tokenizer.encode_chat([], template="tool_use") == tokenizer.encode("t")
+    with pytest.raises(UserError, match="no chat template 'old'.*default, rag, tool_use"):
+        tokenizer.render_chat([], template="old")
+    kinds.write(tmp_path / "run" / "additional_chat_templates", left__jinja="by another")
+    tokenizer.save(tmp_path / "run")
+    again = Tokenizer.load(tmp_path / "run")
+    assert again.files.contents == tokenizer.files.contents and again.fingerprint == tokenizer.fingerprint
+    kinds.write(tmp_path / "additional_chat_templates", rag__jinja=b"\xff")
+    with pytest.raises(UserError, match="additional_chat_templates/rag.jinja is not UTF-8"):
+        Tokenizer.load(tmp_path).render_chat([])
+
+
+def test_named_templates_come_through_import_and_export(tmp_path):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "llama2"
+    source = shutil.copytree(golden, tmp_path / "hf", ignore=shutil.ignore_patterns("*.npz"))
+    kinds.write(source / "additional_chat_templates", rag__jinja="r", tool_use__jinja="t")
+    import_run(source, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    for folder in (tmp_path / "run", tmp_path / "out"):
+        assert {p.name: p.read_text() for p in (folder / "additional_chat_templates").iterdir()} == {
+            "rag.jinja": "r", "tool_use.jinja": "t"}
 
 
 def test_the_date(having):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 
 import pytest
 import sentencepiece
 import tiktoken
+import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from llm_jax.data.tokenizer import StreamDecoder, Tokenizer
 from llm_jax.data.tokenizers import known_ranks
 from llm_jax.data.tokenizers.decoding import Spelling
 from llm_jax.errors import UserError
+from llm_jax.interop.huggingface import load_tokenizer, token_fields
 from tests.data import tokenizer_kinds as kinds
 from tests.data.tokenizer_kinds import TEXTS
 
@@ -222,6 +225,88 @@ def test_what_only_config_json_says_is_kept(folders, tmp_path):
     assert (again.bos_id, again.eos_id, again.end_ids) == (3, 3, (3, 4))
 
 
+@pytest.mark.parametrize("generation, model, expected", [
+    ({"eos_token_id": [7, 5]}, {"eos_token_id": 8}, (7, 5)),  # and not the tokenizer's own, where theirs goes on
+    ({"eos_token_id": 7}, {}, (7,)),
+    ({"top_p": 0.9}, {"eos_token_id": [8, 9]}, (8, 9)),
+    (None, {"eos_token_id": 8}, (8,)),
+    ({"eos_token_id": None}, {"eos_token_id": 10**6}, None),
+    ({"_from_model_config": True, "eos_token_id": 10**6}, {}, None),
+    (None, {}, None),
+])
+def test_the_first_file_that_names_end_tokens_decides_alone(folders, tmp_path, generation, model, expected):
+    files = {} if generation is None else {"generation_config__json": generation}
+    kinds.write(tmp_path / "hf", tokenizer__json=(folders["byte_level"] / "tokenizer.json").read_bytes(),
+                tokenizer_config__json={"eos_token": "<|im_end|>"}, config__json={"model_type": "x"} | model, **files)
+    t = Tokenizer.load(tmp_path / "hf")
+    assert t.token_text(t.eos_id) == "<|im_end|>" and t.end_ids == (expected or (t.eos_id,))
+    assert token_fields(t)["eos_token_id"] in (list(t.end_ids), *t.end_ids)
+    t.save(tmp_path / "run")  # where there is no config.json
+    assert Tokenizer.load(tmp_path / "run").end_ids == t.end_ids
+
+
+def older(folders, folder, kind, **files):
+    """The older form of a kind's tokenizer.json."""
+    model = json.loads((folders[kind] / "tokenizer.json").read_text())["model"]
+    vocab = model["vocab"] | ({"<|endoftext|>": len(model["vocab"])} if kind == "byte_level" else {})
+    if kind == "wordpiece":
+        return kinds.write(folder, vocab__txt="".join(f"{t}\n" for t in sorted(vocab, key=vocab.get)), **files)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    return kinds.write(folder, vocab__json=vocab, merges__txt="\n".join(["#version: 0.2", *merges, ""]), **files)
+
+
+@pytest.mark.parametrize("kind, files", [
+    ("byte_level", {"config__json": {"model_type": "gpt2"}}),
+    ("wordpiece", {"tokenizer_config__json": {"tokenizer_class": "BertTokenizer"}}),
+])
+def test_the_older_form_gives_the_ids_of_the_newer(folders, loaded, tmp_path, kind, files):
+    t = Tokenizer.load(older(folders, tmp_path / "hf", kind, **files))
+    for text in TEXTS:
+        assert t.encode(text) == loaded[kind].encode(text)
+        assert t.decode(t.encode(text)) == loaded[kind].decode(t.encode(text))
+    kinds.write(tmp_path / "run", vocab__json="{}")
+    t.save(tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").exists() and not (tmp_path / "run" / "vocab.json").exists()
+    again = Tokenizer.load(tmp_path / "run")
+    assert [again.prompt_ids(text) for text in TEXTS] == [t.prompt_ids(text) for text in TEXTS]
+    assert again.special_ids == t.special_ids
+    if kind == "wordpiece":
+        assert t.prompt_ids("fox") == loaded[kind].prompt_ids("fox")
+        cased = older(folders, tmp_path / "cased", kind, tokenizer_config__json={
+            "tokenizer_class": "BertTokenizer", "do_lower_case": False})
+        assert t.unk_id in Tokenizer.load(cased).encode("THE") and t.unk_id not in t.encode("THE")
+    else:
+        assert t.token_text(t.eos_id) == "<|endoftext|>" and t.eos_id not in t.encode("a<|endoftext|>")
+
+
+def test_the_older_form_of_qwen2_splits_as_its_rank_file(folders, tmp_path):
+    t = Tokenizer.load(older(folders, tmp_path, "byte_level",
+                             tokenizer_config__json={"tokenizer_class": "Qwen2Tokenizer"}))
+    library = tiktoken.Encoding("x", pat_str=known_ranks.QWEN, mergeable_ranks=kinds.ranks_of(folders["byte_level"]),
+                                special_tokens={})
+    for text in TEXTS:
+        assert t.encode(text) == library.encode(unicodedata.normalize("NFC", text))
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"vocab__json": {"a": 0}, "config__json": {"model_type": "gpt2"}}, r"older form \(vocab.json\).*save_pretrained"),
+    ({"vocab__json": {"a": 0}, "merges__txt": "", "tokenizer_config__json": {"tokenizer_class": "RobertaTokenizer"}},
+     r"\(vocab.json, merges.txt\).*say 'roberta'.*save_pretrained"),
+    ({"vocab__txt": "[UNK]"}, r"\(vocab.txt\).*say 'nothing'"), ({"tekken__json": "{}"}, r"\(tekken.json\)"),
+    ({"vocab__txt": "a\n", "config__json": {"model_type": "bert"}}, r"vocab.txt lacks.*UNK"),
+    ({"vocab__txt": b"\xff", "config__json": {"model_type": "bert"}}, "vocab.txt is not UTF-8"),
+    ({"vocab__json": "{", "merges__txt": "", "config__json": {"model_type": "gpt2"}}, "vocab.json is not JSON"),
+    ({"vocab__json": {"a": "b"}, "merges__txt": "", "config__json": {"model_type": "gpt2"}}, "vocab.json must map"),
+    ({"vocab__json": {"a": 0}, "merges__txt": "a b c", "config__json": {"model_type": "gpt2"}}, "line 1 is no pair"),
+    ({"vocab__json": {"a": 0}, "merges__txt": "a b", "config__json": {"model_type": "gpt2"}}, "library does not read"),
+])
+def test_an_older_form_that_is_not_read_is_said_and_never_passed_over(tmp_path, files, says):
+    kinds.write(tmp_path, **files)
+    with pytest.raises(UserError, match=says) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_tokenizer_json_goes_before_tokenizer_model(folders, tmp_path):
     kinds.write(tmp_path, tokenizer__json=(folders["byte_level"] / "tokenizer.json").read_bytes(),
                 tokenizer__model=(folders["llama"] / "tokenizer.model").read_bytes())
@@ -237,8 +322,27 @@ def test_rank_files_that_nobody_describes_are_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("size", sorted(known_ranks._KNOWN))
+def test_a_vocabulary_is_known_by_its_ids(size):
+    known = known_ranks._KNOWN[size]
+    ids = [i for i in range(size + 1) if i not in known.special][:size]
+    assert known_ranks.find(ids) is known_ranks.find(ids[::-1]) is known
+    assert known_ranks.find([*ids[:-1], ids[-1] + 7]) is None and known_ranks.find([i + 1 for i in ids]) is None
+    assert known_ranks.find(ids[:-1]) is None and known_ranks.find([*ids, size + 1]) is None
+    assert f"| {size:,} |" in known_ranks.__doc__
+
+
+@pytest.mark.parametrize("name, size", [("r50k_base", 50256), ("p50k_base", 50280), ("cl100k_base", 100256),
+                                        ("o200k_base", 199998)])
+def test_openais_vocabularies_are_as_tiktoken_describes_them(name, size, monkeypatch):
+    monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+    theirs, known = getattr(tiktoken_ext.openai_public, name)(), known_ranks._KNOWN[size]
+    assert {text: i for i, text in known.special.items()} == theirs["special_tokens"]
+    assert known.pattern == theirs["pat_str"]
+
+
+@pytest.mark.parametrize("size", sorted(known_ranks._KNOWN))
 def test_known_vocabularies_split_and_name_tokens_as_published(size):
-    known = known_ranks.find(size)
+    known = known_ranks._KNOWN[size]
     encoding = tiktoken.Encoding("x", pat_str=known.pattern, mergeable_ranks={bytes([b]): b for b in range(256)},
                                  special_tokens={text: i for i, text in known.special.items()})
     assert encoding.decode(encoding.encode_ordinary("a 1234\n don't 天")) == "a 1234\n don't 天"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import shutil
 
 import pytest
 
@@ -10,6 +12,8 @@ from llm_jax.errors import UserError
 from llm_jax.inference import generation_config
 from llm_jax.inference.generation_config import SamplingDefaults
 from llm_jax.inference.request import SamplingParams
+from llm_jax.inference.service import Service
+from llm_jax.interop.importing import import_run
 
 
 def read(folder, fields):
@@ -65,3 +69,46 @@ def test_damaged_values_are_one_error_that_names_the_file(tmp_path, fields, says
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="generation_config.json cannot be read"):
         generation_config.read(tmp_path)
+
+
+@pytest.mark.parametrize("content, says", [
+    ('{"do_sample": true, "temperature": -1}', "temperature"), ("not json", "cannot be read")])
+def test_an_import_refuses_what_could_not_be_used_and_writes_nothing(tmp_path, content, says):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "llama2"
+    source = shutil.copytree(golden, tmp_path / "hf", ignore=shutil.ignore_patterns("*.npz"))
+    (source / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=f"generation_config.json.*{says}"):
+        import_run(source, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_server_names_what_is_not_obeyed_once(tmp_path):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "llama2"
+    source, said = shutil.copytree(golden, tmp_path / "hf", ignore=shutil.ignore_patterns("*.npz")), []
+    (source / "generation_config.json").write_text('{"repetition_penalty": 1.05, "do_sample": true}')
+    import_run(source, tmp_path / "run")
+    with pytest.raises(UserError, match="no tokenizer"):  # which comes later
+        Service.from_run(tmp_path / "run", on_event=said.append)
+    assert len(said) == 1 and said[0].startswith("note: ") and "repetition_penalty=1.05" in said[0]
+
+
+def test_where_answers_begin_and_end(tmp_path):
+    """The first file that says it, for an encoder–decoder's folder and for a run made of one."""
+
+    def found(generation, config, at="config.json"):
+        shutil.rmtree(tmp_path)
+        (tmp_path / at).parent.mkdir(parents=True)
+        (tmp_path / at).write_text(json.dumps(config))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return generation_config.answer_tokens(tmp_path)
+
+    config = {"decoder_start_token_id": 0, "eos_token_id": 1}
+    assert found(None, config) == found(None, config, "huggingface/config.json") == (0, (1,))
+    assert found({"top_k": 3}, config) == (0, (1,))
+    assert found({"decoder_start_token_id": 5, "eos_token_id": [2, 3]}, config) == (5, (2, 3))
+    assert found({}, {"bos_token_id": 4}) == (4, ())
+    bad_end = {"eos_token_id": "x", "bos_token_id": 1}
+    for generation, says in (({}, "decoder_start_token_id"), (bad_end, "eos_token_id")):
+        with pytest.raises(UserError, match=says):
+            found(generation, {})

@@ -18,17 +18,24 @@ from llm_jax.errors import UserError
 
 
 def templates(files: folder.Files) -> dict[str, str]:
-    """The chat templates by name; a single one is "default". chat_template.jinja goes before tokenizer_config.json.
+    """The chat templates by name; a single one is "default".
+
+    The files chat_template.jinja and additional_chat_templates/NAME.jinja go before tokenizer_config.json's.
 
     Raises:
       UserError: what the files say is no template.
     """
-    alone = files.contents.get(folder.TEMPLATE)
-    if alone is not None:
-        try:
-            return {"default": alone.decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{files.beside(folder.TEMPLATE)} is not UTF-8 text: {error.reason}") from error
+    found = {}
+    for path, content in files.contents.items():
+        inside = path.startswith(f"{folder.TEMPLATES}/")
+        if inside or path == folder.TEMPLATE:
+            try:
+                name = path.removeprefix(f"{folder.TEMPLATES}/").removesuffix(".jinja") if inside else "default"
+                found[name] = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{files.beside(path)} is not UTF-8 text: {error.reason}") from error
+    if found:
+        return found
     value = files.config.get("chat_template")
     if value is None:
         return {}
@@ -42,13 +49,16 @@ def templates(files: folder.Files) -> dict[str, str]:
 
 
 def render(files: folder.Files, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
-           add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+           add_generation_prompt: bool, template: str | None, variables: Mapping[str, Any]) -> str:
     """Renders a conversation; see `Tokenizer.render_chat`.
 
-    With several templates, the one named "tool_use" is taken when there are tools.
+    Of several templates, unless one is named, "tool_use" is taken when there are tools, else "default".
     """
     known = templates(files)
-    source = known.get("tool_use" if tools is not None and "tool_use" in known else "default")
+    if template is not None and template not in known:
+        raise UserError(f"{files.where}: the tokenizer has no chat template {template!r:.80}; those it has: "
+                        f"{', '.join(sorted(known)) or 'none'}")
+    source = known.get(template or ("tool_use" if tools is not None and "tool_use" in known else "default"))
     if source is None:
         others = f" (only {', '.join(sorted(known))})" if known else ""
         raise UserError(f"{files.where}: the tokenizer has no chat template{others}; render the conversation yourself, "

@@ -16,11 +16,14 @@ from llm_jax.errors import UserError
 JSON, SENTENCEPIECE, RANKS = "tokenizer.json", "tokenizer.model", ".tiktoken"
 CONFIG, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+TEMPLATES = "additional_chat_templates"  # a folder of further ones, NAME.jinja each
 _BESIDE = (CONFIG, SPECIALS, ADDED, TEMPLATE, GENERATION)
 # The first that is there is the tokenizer, as transformers has it; T5 calls its SentencePiece model spiece.model.
 _MAIN = (JSON, SENTENCEPIECE, "spiece.model")
+# What a folder without those may have instead: the form from before tokenizer.json, and files that are not read.
+OLDER = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "sentencepiece.bpe.model")
 # The model's own description says which tokens begin and end a text where the tokenizer's files do not.
-_MODEL_CONFIG = ("config.json", "huggingface/config.json")
+MODEL_CONFIG = ("config.json", "huggingface/config.json")
 ROLES = ("bos", "eos", "unk", "pad", "cls", "sep", "mask")
 # More ids than this past the others is damage, not a vocabulary.
 _MAX_GAP = 1 << 20
@@ -78,7 +81,7 @@ class Files:
 
     def paths(self) -> tuple[str, ...]:
         """Where each file would lie, the model's config.json too: what a message about one begins with."""
-        return (self.where, *map(self.beside, (*_BESIDE, *_MODEL_CONFIG)))
+        return (self.where, *map(self.beside, (*_BESIDE, *MODEL_CONFIG)))
 
     def flag(self, name: str, default: bool) -> bool:
         """A boolean of tokenizer_config.json; null counts as absent."""
@@ -150,20 +153,25 @@ class Files:
         return found
 
     def end_ids(self, eos_id: int | None, vocab_size: int) -> tuple[int, ...]:
-        """`eos_token_id` of generation_config.json (or, without that file, config.json), then the tokenizer's own."""
-        fields, where = self.fields(GENERATION), self.beside(GENERATION)
+        """`eos_token_id` of generation_config.json, else of config.json, else the tokenizer's own.
+
+        The first that says anything decides alone, as transformers' `generate` has it: a chat model's list may leave
+        out the token that ends a document, and the model then goes on behind it.
+        """
+        generation = self.fields(GENERATION)
         # Files that were derived from a model's defaults may name tokens that this vocabulary does not have.
-        derived = GENERATION not in self.contents or fields.get("_from_model_config") is True
-        if GENERATION not in self.contents:
-            fields, where = self.model_config, self.beside("config.json")
-        value = fields.get("eos_token_id")
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if derived:
-            ids = [i for i in ids if not isinstance(i, int) or 0 <= i < vocab_size]
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
-                raise UserError(f"{where}: eos_token_id must hold ids between 0 and {vocab_size - 1}, not {i!r:.40}")
-        return tuple(dict.fromkeys([*ids, *([] if eos_id is None else [eos_id])]))
+        for fields, name, derived in ((generation, GENERATION, generation.get("_from_model_config") is True),
+                                      (self.model_config, "config.json", True)):
+            ids = listed_ids(fields.get("eos_token_id"))
+            if derived:
+                ids = [i for i in ids if not isinstance(i, int) or 0 <= i < vocab_size]
+            for i in ids:
+                if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
+                    raise UserError(f"{self.beside(name)}: eos_token_id must hold ids between 0 and {vocab_size - 1}, "
+                                    f"not {i!r:.40}")
+            if ids:
+                return tuple(dict.fromkeys(ids))
+        return () if eos_id is None else (eos_id,)
 
     def config_id(self, role: str, vocab_size: int) -> int | None:
         """The id that config.json gives a role, if it is one of the vocabulary; the first of several."""
@@ -186,24 +194,28 @@ def read(path: str | os.PathLike) -> Files:
     """Reads the tokenizer in a folder (local or a bucket), or the one in a given file with what lies beside it.
 
     Raises:
-      UserError: there is none, or several rank files and nothing else.
+      UserError: there is none, several rank files and nothing else, or one in a form that is not read.
     """
     try:
         location = storage.as_path(path)
         folder, chosen = (location, _main_of(location)) if location.is_dir() else (location.parent, location)
-        if chosen is None:
+        older = [name for name in OLDER if chosen is None and (folder / name).exists()]
+        contents: dict[str, bytes] = {}
+        if chosen is not None:
+            content = chosen.read_bytes()
+            contents[_saved_name(chosen.name, content)] = content
+        elif not older:
             raise FileNotFoundError(f"none of {', '.join(_MAIN)} or *{RANKS} is there")
-        contents = {_saved_name(chosen.name, content := chosen.read_bytes()): content}
-        name = next(iter(contents))
-        for beside in _BESIDE:
-            if (folder / beside).exists():
-                contents[beside] = (folder / beside).read_bytes()
-        model_config = next((parse_object((folder / n).read_bytes(), str(folder / n)) for n in _MODEL_CONFIG
+        name = next(iter(contents), JSON)
+        for beside in (*older, *_beside_in(folder)):
+            contents[beside] = (folder / beside).read_bytes()
+        model_config = next((parse_object((folder / n).read_bytes(), str(folder / n)) for n in MODEL_CONFIG
                              if (folder / n).exists()), {})
     except OSError as error:
         raise UserError(f"no tokenizer at {path}: {error.strerror or error}; experiments/prepare.py writes "
                         f"{SENTENCEPIECE}") from error
-    return Files(str(chosen), name, contents, model_config)
+    files = Files(str(folder / older[0] if older else chosen), name, contents, model_config)
+    return _modern(files) if older else files
 
 
 def write(directory: str | os.PathLike, contents: dict[str, bytes]) -> None:
@@ -217,14 +229,21 @@ def write(directory: str | os.PathLike, contents: dict[str, bytes]) -> None:
 
 
 def present(directory: str | os.PathLike) -> bool:
-    """Whether a folder holds a tokenizer's main file."""
-    return _main_of(storage.as_path(directory)) is not None
+    """Whether a folder holds a tokenizer, be it one that is not read."""
+    folder = storage.as_path(directory)
+    return _main_of(folder) is not None or any((folder / name).exists() for name in OLDER)
 
 
 def names_in(directory: Any) -> Iterator[str]:
     """The names of a tokenizer's files that lie in `directory`, a path object."""
     ranks = [path.name for path in directory.glob(f"*{RANKS}")]
-    yield from (name for name in (*_MAIN, *ranks, *_BESIDE) if (directory / name).exists())
+    yield from (name for name in (*_MAIN, *ranks, *OLDER) if (directory / name).exists())
+    yield from _beside_in(directory)
+
+
+def listed_ids(value: Any) -> list[Any]:
+    """Token ids as a JSON file has them (none, one, or a list) in a list, unchecked."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
@@ -251,6 +270,21 @@ def holds_ranks(content: bytes) -> bool:
         return bool(base64.b64decode(match[1], validate=True))
     except ValueError:
         return False
+
+
+def _beside_in(directory: Any) -> Iterator[str]:
+    yield from (name for name in _BESIDE if (directory / name).exists())
+    if (directory / TEMPLATES).is_dir():
+        yield from (f"{TEMPLATES}/{name}" for name in sorted(p.name for p in (directory / TEMPLATES).glob("*.jinja")))
+
+
+def _modern(files: Files) -> Files:
+    """The same tokenizer with the tokenizer.json that stands for its older form."""
+    from llm_jax.data.tokenizers import older_form  # which takes this module's parts
+
+    made = older_form.tokenizer_json(files)
+    kept = {name: content for name, content in files.contents.items() if name not in OLDER}
+    return dataclasses.replace(files, contents={JSON: made} | kept)
 
 
 def _main_of(directory: Any) -> Any:

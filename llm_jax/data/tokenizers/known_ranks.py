@@ -1,8 +1,26 @@
-"""What rank files do not say themselves: how text is split before merging, and the special tokens, of known ones."""
+"""What rank files do not say themselves: how text is split before merging, and the special tokens, of known ones.
+
+A file is known by its ids alone: how many there are, and that they are 0, 1, 2 … with a gap only where the vocabulary
+has a special token. The number differs for each of these, and any other is refused:
+
+| ranks | vocabulary | of which models | pattern and special tokens as in |
+| --- | --- | --- | --- |
+| 50,256 | r50k_base | GPT-2, GPT-3 | tiktoken's `openai_public` |
+| 50,280 | p50k_base | Codex, text-davinci-002 and -003 | the same |
+| 100,256 | cl100k_base | GPT-3.5, GPT-4 | the same |
+| 199,998 | o200k_base | GPT-4o; not gpt-oss, which has more special tokens | the same |
+| 128,000 | Llama 3 | Llama 3, 3.1, 3.2 (text), 3.3 | Meta's `tokenizer.py`, token names of 3.1 |
+| 151,643 | Qwen | Qwen 1 (later ones: other special tokens, in a tokenizer.json) | `tokenization_qwen.py` |
+| 151,329 | GLM-4 | GLM-4-9B and its chat model | `tokenization_chatglm.py` |
+
+A vocabulary that is none of them and has as many ranks would be taken for one: for that, `pat_str` and
+`added_tokens_decoder` in tokenizer_config.json go over what is known here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 # Runs of letters, digits by one or three, punctuation, white space; each family's own pattern, as it published it.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -56,7 +74,7 @@ _GLM4 = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|s
 _FIM = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
 _END = "<|endoftext|>"
 
-# By how many ranks the file holds, which differs for each of them.
+# By how many ranks the file holds.
 _KNOWN: dict[int, Known] = {
     50256: Known(GPT2, {50256: _END}, eos=_END),  # r50k_base, GPT-2
     50280: Known(GPT2, {50256: _END}, eos=_END),  # p50k_base
@@ -69,6 +87,15 @@ _KNOWN: dict[int, Known] = {
 }
 
 
-def find(num_ranks: int) -> Known | None:
-    """The published vocabulary of that many ranks."""
-    return _KNOWN.get(num_ranks)
+def find(ranks: Collection[int]) -> Known | None:
+    """The published vocabulary with those ranks (each is there once), in any order; None if it is none of them."""
+    known = _KNOWN.get(len(ranks))
+    if known is None:
+        return None
+    ids, expected = set(ranks), 0
+    for _ in range(len(ranks)):
+        expected += expected in known.special
+        if expected not in ids:
+            return None
+        expected += 1
+    return known

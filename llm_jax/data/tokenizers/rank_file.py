@@ -33,7 +33,7 @@ class RankTokenizer(Tokenizer):
           UserError: a damaged line, or a vocabulary of which nobody says how it splits text.
         """
         ranks = _read_ranks(files)
-        known = known_ranks.find(len(ranks))
+        known = known_ranks.find(ranks.values())
         pattern = files.config.get("pat_str", known.pattern if known else None)
         if pattern is None:
             raise UserError(f"its {len(ranks)} ranks are none of the known vocabularies ({_KINDS}), so nothing says "
