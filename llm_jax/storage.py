@@ -1,12 +1,19 @@
-"""Small file operations: paths that may be in a bucket, whole-or-nothing writes, hashes, the user's cache directory."""
+"""Small file operations: paths that may be in a bucket, whole-or-nothing writes, JSON, hashes, the user's cache
+directory."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import pathlib
+import shutil
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+from llm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from etils import epath
@@ -33,20 +40,73 @@ def located(path: str | os.PathLike) -> epath.Path:
 
 def write_atomically(path: Any, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
+    with _written_atomically(path) as file:
+        file.write(content)
+
+
+def copy_atomically(source: Any, path: Any) -> None:
+    """Copies a file of any size in blocks, so that a reader sees the old content or the new, never a part."""
+    with source.open("rb") as original, _written_atomically(path) as file:
+        shutil.copyfileobj(original, file, _BLOCK)
+
+
+@contextlib.contextmanager
+def _written_atomically(path: Any) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        if isinstance(path, pathlib.Path):
-            with open(temporary, "wb") as file:
-                file.write(content)
+        with temporary.open("wb") as file:
+            yield file
+            if isinstance(path, pathlib.Path):
                 file.flush()
                 os.fsync(file.fileno())
-        else:
-            temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def parse_object(content: bytes, where: Any, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in `content`.
+
+    Args:
+      content: of the file.
+      where: what a message calls it.
+      unique: whether to refuse a name that occurs twice, of which JSON says nothing and Python takes the last.
+
+    Raises:
+      UserError: it is no JSON, or no object.
+    """
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{where}: {twice!r} occurs twice")
+        return found
+
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=checked if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON, or was cut short: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_object(path: Any) -> dict[str, Any]:
+    """The object in a JSON file, in which no name may occur twice; a UserError if there is none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    return parse_object(content, path, unique=True)
+
+
+def to_json(value: Any, sort: bool = False) -> bytes:
+    """JSON for people to read: indented, any script as it is, keys in the order they have or in that of the alphabet.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort) + "\n").encode()
 
 
 def sha256_of(path: str | os.PathLike) -> str:

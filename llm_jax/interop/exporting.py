@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 
@@ -17,21 +16,20 @@ import numpy as np
 from llm_jax import runs, storage
 from llm_jax.data.tokenizers import folder as tokenizer_folder
 from llm_jax.errors import UserError
-from llm_jax.interop import families, sentencepiece_json
+from llm_jax.interop import families
 from llm_jax.interop.huggingface import (
     CONFIG,
-    GENERATION,
     check_shapes,
+    complete_tokenizer,
     dtype_field,
     load_tokenizer,
     local,
     token_fields,
-    write_json,
 )
 from llm_jax.interop.importing import IGNORED, TENSORS, appearing, check_free
 from llm_jax.interop.mapping import Tensor, to_ours
 from llm_jax.interop.matching import parameter_dtype, place
-from llm_jax.interop.safetensors import DTYPES, NAMES, SHARD_BYTES, Folder, Writer, read_json
+from llm_jax.interop.safetensors import DTYPES, NAMES, SHARD_BYTES, Folder, Writer
 from llm_jax.interop.slices import SliceReader
 from llm_jax.models import ModelConfig
 
@@ -90,9 +88,8 @@ def _outputs(config: ModelConfig, origin: pathlib.Path, ignored: Folder | None, 
     """What to write, in order: what was imported first, as it was called."""
     tensors = {tensor.name: tensor for tensor in families.by_name(config.family).tensors(config)}
     outputs, done = [], set()
-    imported = (origin / TENSORS).exists()
-    if imported:
-        described = read_json(origin / TENSORS)
+    if (origin / TENSORS).exists():
+        described = storage.read_object(origin / TENSORS)
         try:
             canonical, tied = described["canonical"], described["tied"]
             for name, facts in described["tensors"].items():
@@ -106,7 +103,7 @@ def _outputs(config: ModelConfig, origin: pathlib.Path, ignored: Folder | None, 
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{origin / TENSORS} is damaged: {error!r}") from error
     outputs += [_Output(name, dtype or "F32", tensor.shape, tensor) for name, tensor in tensors.items()
-                if name not in done and not (imported and tensor.optional)]
+                if name not in done]
     return outputs
 
 
@@ -136,31 +133,25 @@ def _config_json(origin: pathlib.Path, config: ModelConfig, dtype: str | None, s
     """The original file if it still says what the model is, else a new one."""
     named = None if dtype is None else dtype_field([DTYPES[dtype]])
     path, tensors = origin / CONFIG, origin / TENSORS
-    held = read_json(tensors).get("tensors") if tensors.exists() else None
-    if path.exists() and families.config_from_hf(fields := read_json(path), str(path), held) == config:
+    held = storage.read_object(tensors).get("tensors") if tensors.exists() else None
+    if path.exists() and families.config_from_hf(fields := storage.read_object(path), str(path), held) == config:
         if named is None:
             return path.read_bytes()
         key = "torch_dtype" if "torch_dtype" in fields else "dtype"
         fields[key] = named["dtype"]
     else:
         fields = families.config_to_hf(config) | (named or {"dtype": "float32"}) | token_fields(load_tokenizer(source))
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+    return storage.to_json(fields)
 
 
 def _write_tokenizer(source: pathlib.Path, origin: pathlib.Path, directory: pathlib.Path) -> None:
     """The files of the tokenizer and generation_config.json: those that were imported, and the run's over them."""
     if origin.is_dir():
         for path in sorted(origin.iterdir()):
-            if path.name not in (CONFIG, TENSORS, IGNORED):
+            if path.is_file() and path.name not in (CONFIG, TENSORS, IGNORED):
                 storage.write_atomically(directory / path.name, path.read_bytes())
     for name in tokenizer_folder.names_in(source):
         storage.write_atomically(directory / name, (source / name).read_bytes())
     tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        return
-    if not (directory / GENERATION).exists():
-        write_json(directory / GENERATION, token_fields(tokenizer))
-    is_ours = not origin.is_dir() and tokenizer.files.name == tokenizer_folder.SENTENCEPIECE
-    if is_ours and not (directory / tokenizer_folder.CONFIG).exists():
-        for name, content in sentencepiece_json.files(tokenizer).items():
-            write_json(directory / name, content)
+    if tokenizer is not None:
+        complete_tokenizer(tokenizer, directory, convert=not origin.is_dir())

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from llm_jax.errors import UserError
 
 # Keys that say nothing of what a forward pass computes: where a file comes from, which numbers the special tokens have
-# (the tokenizer and generation_config.json say), how weights were initialised, dropout (this project has none), how a
-# framework runs the model, and the sampling options that older files kept here.
-_HARMLESS = re.compile(
-    r"architectures|model_type|(torch_)?dtype|transformers_version|transformers\.js_config|_?name_or_path|_commit_hash|"
-    r"auto_map|finetuning_task|task_specific_params|title|license|unsloth_\w+|"
-    r"(bos|eos|pad|sep|cls|unk|mask|decoder_start)_token(_id)?|tokenizer_class|"
-    r"initializer_range|initializer_factor|\w*dropout|\w*_pdrop|\w+_dropout_(rate|prob)|router_jitter_noise|"
-    r"use_cache|cache_implementation|_?attn_implementation|use_return_dict|return_dict|return_dict_in_generate|"
-    r"output_\w+|gradient_checkpointing|use_flash_attn|pretraining_tp|ep_size|torchscript|use_bfloat16|"
-    r"chunk_size_feed_forward|"
-    r"id2label|label2id|num_labels|problem_type|classifier_activation|"
-    r"max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|"
-    r"temperature|top_k|top_p|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|"
-    r"encoder_no_repeat_ngram_size|bad_words_ids|num_return_sequences|forced_(bos|eos)_token_id|"
-    r"remove_invalid_values|exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|prefix|"
-    r"max_sequence_length|model_max_length|language")
+# (the tokenizer and generation_config.json say), how weights were initialised, dropout and noise of training (this
+# project has none), what is returned beside the outputs, how a framework runs the model, and the sampling options that
+# older files kept here. Each by its full name: a pattern would let through keys that nobody has thought of.
+_HARMLESS = frozenset("""
+    architectures model_type dtype torch_dtype transformers_version transformers.js_config name_or_path _name_or_path
+    _commit_hash auto_map finetuning_task task_specific_params title license unsloth_fixed unsloth_version language
+    bos_token eos_token pad_token sep_token cls_token unk_token mask_token decoder_start_token
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id mask_token_id decoder_start_token_id
+    tokenizer_class prefix max_sequence_length model_max_length
+    initializer_range initializer_factor dropout dropout_rate attention_dropout attention_probs_dropout_prob
+    attention_dropout_prob hidden_dropout hidden_dropout_prob resid_dropout residual_dropout embd_dropout
+    embedding_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout classifier_dropout_prob
+    summary_first_dropout layerdrop router_jitter_noise
+    use_cache cache_implementation attn_implementation _attn_implementation return_dict use_return_dict
+    output_attentions output_hidden_states output_router_logits output_past output_scores output_logits
+    gradient_checkpointing use_flash_attn pretraining_tp ep_size torchscript use_bfloat16 chunk_size_feed_forward
+    id2label label2id num_labels problem_type
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    return_dict_in_generate""".split())
 
 # Switches which models that do not read them have off.
 _OFF = ("is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention", "use_bidirectional_attention")
@@ -144,7 +149,7 @@ class Fields:
     def finish(self) -> None:
         """Refuses the first key with a value that was neither read nor is known to change nothing."""
         for key in sorted(self.values):
-            known = key in self._read or _HARMLESS.fullmatch(key)
+            known = key in self._read or key in _HARMLESS
             if known or self.values[key] in (None, {}, []) or (key in _OFF and self.values[key] is False):
                 continue
             value = repr(self.values[key])

@@ -11,11 +11,13 @@ Nothing is unpickled, and no code of a checkpoint runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,11 +28,11 @@ from llm_jax import models, storage
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.data.tokenizers import folder as tokenizer_folder
 from llm_jax.errors import UserError
-from llm_jax.interop import families
+from llm_jax.interop import families, sentencepiece_json
 from llm_jax.interop.mapping import Part, to_ours, to_theirs
 from llm_jax.interop.matching import match, parameter_dtype, place
 from llm_jax.interop.placing import Placer
-from llm_jax.interop.safetensors import NAMES, Folder, Writer, read_json
+from llm_jax.interop.safetensors import NAMES, Folder, Writer, weight_files
 from llm_jax.interop.slices import flat
 from llm_jax.models import ModelConfig
 
@@ -47,9 +49,9 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     if not path.exists():
         raise UserError(f"{path.parent} is no checkpoint folder: it has no {CONFIG}")
     if not any(path.parent.glob("*.safetensors")):
-        return families.config_from_hf(read_json(path), str(path))
+        return families.config_from_hf(storage.read_object(path), str(path))
     with Folder(path.parent) as folder:
-        return families.config_from_hf(read_json(path), str(path), folder.tensors)
+        return families.config_from_hf(storage.read_object(path), str(path), folder.tensors)
 
 
 def load(directory: str | os.PathLike, dtype: str | None = None,
@@ -63,7 +65,8 @@ def load(directory: str | os.PathLike, dtype: str | None = None,
 
     Returns:
       (model, params, config, tokenizer): the Flax module, the parameters in the stacked layout, what the model is, and
-      None for the last where the folder has no tokenizer. The host holds one tensor at a time.
+      None for the last where the folder has no tokenizer. The host holds one tensor at a time, as it is stored and,
+      where that is transposed or of another dtype, as it is to be.
 
     Raises:
       UserError: the folder is damaged, or holds what this project does not know; nothing was put on a device.
@@ -79,14 +82,18 @@ def load(directory: str | os.PathLike, dtype: str | None = None,
             array = folder.read(name)
             for part in tensor.parts:
                 placer.put(*place(part, config), to_ours(part, array))
+            del array  # before the next one is read
     return models.build(config), placer.finish(), config, tokenizer
 
 
 def save(directory: str | os.PathLike, params: Any, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
     """Writes a folder that `transformers` loads.
 
+    Everything is written into a hidden folder first and then takes its place, config.json last; until that is there
+    the folder is no checkpoint.
+
     Args:
-      directory: made if it is not there; weights in it are replaced.
+      directory: made if it is not there; weights, config.json and, if one is given, the tokenizer in it are replaced.
       params: stacked parameters, NumPy or JAX arrays; each tensor is written in the dtype of its leaf.
       config: the model.
       tokenizer: its files, chat template included, are written too.
@@ -113,13 +120,45 @@ def save(directory: str | os.PathLike, params: Any, config: ModelConfig, tokeniz
     # The parts of a fused tensor come from several leaves, which may differ.
     dtypes = {t.name: np.dtype(functools.reduce(jnp.promote_types, map(dtype_of, t.parts))) for t in tensors}
     announced = [(t.name, NAMES[dtypes[t.name]], t.shape) for t in tensors]
-    with Writer(directory, announced) as writer:
-        for tensor in tensors:
-            writer.write(tensor.name, to_theirs(tensor, read).astype(dtypes[tensor.name], copy=False))
-    fields |= dtype_field(dtypes.values()) | token_fields(tokenizer)
-    write_json(directory / CONFIG, fields)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, directory)
+    with _replacing(directory) as staged:
+        with Writer(staged, announced) as writer:
+            for tensor in tensors:
+                writer.write(tensor.name, to_theirs(tensor, read).astype(dtypes[tensor.name], copy=False))
+        write_sorted(staged / CONFIG, fields | dtype_field(dtypes.values()) | token_fields(tokenizer))
+        if tokenizer is not None:
+            tokenizer.save(staged)
+            complete_tokenizer(tokenizer, staged, sentencepiece_json.is_lossless(tokenizer))
+
+
+@contextlib.contextmanager
+def _replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to be filled with a checkpoint, which takes the place of the one in `directory` at a clean end.
+
+    The config.json there goes first and the new one comes last: at no time do weights lie under another's.
+    """
+    is_new = not directory.exists()
+    staged = directory / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        staged.mkdir(parents=True)
+        yield staged
+        (directory / CONFIG).unlink(missing_ok=True)
+        old = weight_files(directory)
+        if tokenizer_folder.present(staged):
+            old += [directory / name for name in tokenizer_folder.names_in(directory)]
+        for path in old:
+            path.unlink()
+        for path in sorted(staged.rglob("*"), key=lambda path: path.name == CONFIG):
+            if path.is_file():
+                target = directory / path.relative_to(staged)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+    except OSError as error:
+        raise UserError(f"can't write to {directory}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty, unless this failed
+                directory.rmdir()
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
@@ -127,11 +166,25 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
     return Tokenizer.load(directory) if tokenizer_folder.present(directory) else None
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    """Writes a tokenizer's files, and a generation_config.json if it brings none."""
-    tokenizer.save(directory)
+def complete_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, convert: bool) -> None:
+    """Writes what a saved tokenizer brings no file for.
+
+    Args:
+      tokenizer: whose files lie in `directory`.
+      directory: of the checkpoint.
+      convert: whether a tokenizer.model without a tokenizer_config.json, which `transformers` would take for Llama's,
+        gets a tokenizer.json beside it.
+
+    Raises:
+      UserError: it can't be converted, or the disk refuses.
+    """
     if not (directory / GENERATION).exists():
-        write_json(directory / GENERATION, token_fields(tokenizer))
+        write_sorted(directory / GENERATION, token_fields(tokenizer))
+    is_bare = tokenizer.files.name == tokenizer_folder.SENTENCEPIECE and not (
+        directory / tokenizer_folder.CONFIG).exists()
+    if convert and is_bare:
+        for name, content in sentencepiece_json.files(tokenizer).items():
+            write_sorted(directory / name, content)
 
 
 def token_fields(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -139,7 +192,7 @@ def token_fields(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     ends = list(tokenizer.end_ids)
-    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id,
+    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
              "pad_token_id": tokenizer.pad_id}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -174,10 +227,9 @@ def local(directory: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(os.path.abspath(os.path.expanduser(directory)))
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file as `transformers` does: indented, keys in order."""
+def write_sorted(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file as `transformers` does, keys in alphabetical order."""
     try:
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        storage.write_atomically(path, text.encode())
+        storage.write_atomically(path, storage.to_json(value, sort=True))
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error

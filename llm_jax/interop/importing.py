@@ -13,18 +13,18 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from etils import epath
 
 from llm_jax import runs, storage
 from llm_jax.data.tokenizers import folder as tokenizer_folder
 from llm_jax.errors import UserError
+from llm_jax.inference import generation_config
 from llm_jax.interop import families
 from llm_jax.interop.huggingface import CONFIG, GENERATION, in_file_order, load_tokenizer, local, read_config
 from llm_jax.interop.mapping import Path, to_ours
 from llm_jax.interop.matching import Leaf, Match, describe, match, parameter_dtype, place
-from llm_jax.interop.safetensors import Folder, Writer, read_json
+from llm_jax.interop.safetensors import Folder, Writer
 from llm_jax.interop.slices import SliceWriter, chunk_shape
 from llm_jax.models import ModelConfig
 from llm_jax.parallel import rules as rules_lib
@@ -57,6 +57,7 @@ def import_run(hf_dir: str | os.PathLike, run_dir: str | os.PathLike, mesh: Mesh
     check_free(target, "the run directory")
     config, kept = read_config(source), parameter_dtype(dtype)
     tokenizer = load_tokenizer(source)
+    generation_config.read(source)  # it is kept; what is wrong in it must be said now and not when the run is used
     if tokenizer is not None and tokenizer.text_vocab_size > config.vocab_size:
         raise UserError(f"{source}: the tokenizer makes ids up to {tokenizer.text_vocab_size - 1}, the model knows "
                         f"{config.vocab_size}")
@@ -66,8 +67,8 @@ def import_run(hf_dir: str | os.PathLike, run_dir: str | os.PathLike, mesh: Mesh
         with appearing(target) as temporary:
             _keep_files(source, folder, matched, temporary)
             _write_params(folder, config, matched, chunks, temporary / runs.CHECKPOINTS, progress)
-            facts = {"imported": {"from": str(source), "architecture": read_json(source / CONFIG)["architectures"],
-                                  "dtype": dtype or "as stored"},
+            named = storage.read_object(source / CONFIG)["architectures"]
+            facts = {"imported": {"from": str(source), "architecture": named, "dtype": dtype or "as stored"},
                      "parameters": config.num_params(), "metrics": {}}
             runs.create(epath.Path(temporary), config, None, "# Imported: there is no configuration to replay.\n",
                         facts)
@@ -144,9 +145,3 @@ def _keep_files(source: pathlib.Path, folder: Folder, matched: Match, run: pathl
         with Writer(kept, infos, single=IGNORED) as writer:
             for name in matched.ignored:
                 writer.write(name, folder.read(name))
-
-
-def kept_tensors(origin: pathlib.Path) -> tuple[dict[str, Any], Folder | None]:
-    """What an imported run keeps of its checkpoint: the description, and the tensors that the model has no use for."""
-    ignored = origin / IGNORED
-    return read_json(origin / TENSORS), Folder(ignored) if ignored.exists() else None

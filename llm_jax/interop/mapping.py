@@ -55,13 +55,11 @@ class Tensor:
       name: canonical, e.g. "model.layers.0.self_attn.q_proj.weight".
       shape: as it is stored.
       parts: what it is made of, in order along their common axis.
-      optional: whether a checkpoint may lack it.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    optional: bool = False
 
     def __post_init__(self) -> None:
         end = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,18 +11,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import models
+from llm_jax import models, storage
 from llm_jax.errors import UserError
 from llm_jax.interop import families
 from llm_jax.interop.mapping import Part, Path, Tensor
-from llm_jax.interop.safetensors import DTYPES, Folder
+from llm_jax.interop.safetensors import DTYPES, Folder, listed
 from llm_jax.interop.slices import flat
 from llm_jax.models import ModelConfig
 from llm_jax.models.layout import encoder_part, places
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 _BLOCK_BYTES = 16 << 20
-_NAMED = 5  # tensors that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +124,7 @@ def match(folder: Folder, config: ModelConfig, family: Any, dtype: Any = None) -
             ignored.append(name)
         else:
             surplus.append(name)
-    missing = [name for name, tensor in wanted.items() if name not in stored and not tensor.optional]
+    missing = [name for name, tensor in wanted.items() if name not in stored]
     for names, what in ((missing, "missing"), (surplus, "that the model has no place for"), (twice, "there twice")):
         if names:
             problems.append(f"{_count(names)} {what}: {listed(names)}")
@@ -138,7 +136,7 @@ def match(folder: Folder, config: ModelConfig, family: Any, dtype: Any = None) -
     tied = {name: stored[source] for name, source in copies.items()}
     for name, source in tied.items():
         _check_equal(folder, name, source)
-    present = [wanted[plain] for plain in wanted if plain in stored]
+    present = list(wanted.values())
     keep = {plain: np.dtype(dtype) if dtype is not None else DTYPES[folder.tensors[name].dtype]
             for plain, name in stored.items()}
     return Match({stored[tensor.name]: tensor for tensor in present}, tuple(ignored), tied,
@@ -156,11 +154,6 @@ def parameter_dtype(name: str | None) -> np.dtype | None:
     if dtype not in (np.dtype(np.float32), np.dtype(np.float16), DTYPES["BF16"]):
         raise UserError(f"parameters can be float32, bfloat16 or float16, not {name!r}")
     return dtype
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _count(names: Sequence[str]) -> str:
@@ -196,9 +189,9 @@ def _check_equal(folder: Folder, name: str, source: str) -> None:
 
 def describe(folder: Folder, matched: Match) -> bytes:
     """`tensors.json` of an imported run: what the checkpoint held, from which an export makes the same again."""
-    return (json.dumps({
+    return storage.to_json({
         "tensors": {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in folder.tensors.items()},
         "canonical": {name: tensor.name for name, tensor in matched.tensors.items()},
         "ignored": list(matched.ignored),
         "tied": matched.tied,
-    }, indent=1) + "\n").encode()
+    })

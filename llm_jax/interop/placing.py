@@ -22,7 +22,11 @@ ON_HOST_BYTES = 8 << 20
 
 
 class Placer:
-    """Stacked parameters on their devices; at no time does the host hold more of a large leaf than one slice."""
+    """Stacked parameters on their devices.
+
+    The host holds small leaves until they are whole, and of a large one what was put last: the caller's array and,
+    where that is transposed or of another dtype, one copy. What is put, a tensor perhaps, is not cut further.
+    """
 
     def __init__(self, leaves: Mapping[Path, Leaf], mesh: Mesh | None = None):
         """
@@ -66,8 +70,16 @@ class Placer:
 
     @staticmethod
     def _from_host(values: np.ndarray, sharding: Any, dtype: np.dtype) -> jax.Array:
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: contiguous(
-            values[index]).astype(dtype, copy=False))
+        pieces: dict[tuple[Any, ...], np.ndarray] = {}
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            """The share of a device; those that have the same get the same array."""
+            key = tuple((part.start, part.stop) for part in index)
+            if key not in pieces:
+                pieces[key] = contiguous(values[index], dtype)
+            return pieces[key]
+
+        return jax.make_array_from_callback(values.shape, sharding, piece)
 
     def _update(self, path: Path, index: tuple[int, ...], values: np.ndarray) -> None:
         leaf, sharding = self._leaves[path], self._shardings[path]

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -59,6 +59,11 @@ class Info:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder which make up a checkpoint, or several, by their names."""
+    return [path for path in directory.glob("model*.safetensors*") if re.fullmatch(_CHECKPOINT_FILES, path.name)]
 
 
 class Folder:
@@ -129,10 +134,15 @@ class Folder:
     def _find(self) -> dict[str, Info]:
         if self.directory.is_file():
             return read_header(self.directory)
-        if (self.directory / SINGLE).exists():
-            return read_header(self.directory / SINGLE)
-        if (self.directory / INDEX).exists():
+        numbered = sorted(path.name for path in weight_files(self.directory) if path.name not in (SINGLE, INDEX))
+        has_single, has_index = ((self.directory / name).exists() for name in (SINGLE, INDEX))
+        if has_single and numbered:
+            raise UserError(f"{self.directory} holds {SINGLE} and {listed(numbered, 2)}, two checkpoints, and nothing "
+                            f"says which is the model: remove one of them")
+        if has_index:  # which may be there for a single file too, and must then be right
             return self._read_index(self.directory / INDEX)
+        if has_single:
+            return read_header(self.directory / SINGLE)
         if not self.directory.is_dir():
             raise UserError(f"there is no folder {self.directory}")
         pickled = any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*"))
@@ -140,7 +150,7 @@ class Folder:
             "; pickled weights are not read, since they can run code: save them as safetensors" if pickled else ""))
 
     def _read_index(self, path: pathlib.Path) -> dict[str, Info]:
-        weight_map = read_json(path).get("weight_map")
+        weight_map = storage.read_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{path} has no weight_map")
         for name, file in weight_map.items():
@@ -148,14 +158,17 @@ class Folder:
                 raise UserError(f"{path} says that tensor {name} lies in {file!r}, which is no file name")
         found: dict[str, Info] = {}
         files = sorted(set(weight_map.values()))
+        if SINGLE not in files and (self.directory / SINGLE).exists():
+            raise UserError(f"{self.directory} holds {SINGLE}, and {path.name} says that the model lies in "
+                            f"{listed(files, 2)}: remove the one that is not meant")
         missing = [file for file in files if not (self.directory / file).exists()]
         if missing:
-            raise UserError(f"{path} names {_listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: "
+            raise UserError(f"{path} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: "
                             f"{len(missing)} of {len(files)} files missing")
         kinds = {re.sub(r"\d{5}(-of-\d{5})", r"*\1", glob.escape(file)) for file in files}
         beside = sorted(p.name for kind in kinds for p in self.directory.glob(kind) if p.name not in files)
         if beside:
-            raise UserError(f"{self.directory} holds {_listed(beside)}, of which {path.name} lists no tensor")
+            raise UserError(f"{self.directory} holds {listed(beside)}, of which {path.name} lists no tensor")
         for file in files:
             for name, info in read_header(self.directory / file).items():
                 if name not in weight_map:
@@ -187,7 +200,7 @@ def read_header(path: pathlib.Path) -> dict[str, Info]:
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    header = _parse(raw, path)
+    header = storage.parse_object(raw, f"{path}: its header", unique=True)
     header.pop("__metadata__", None)
     found = {name: _info(name, entry, path, 8 + length) for name, entry in header.items()}
     end, before = 8 + length, "the header"
@@ -200,33 +213,6 @@ def read_header(path: pathlib.Path) -> dict[str, Info]:
         what = f"is cut off inside of {before}" if end > size else f"goes on after {before}, its last"
         raise UserError(f"{path} {what}: it should have {end} bytes and has {size}")
     return found
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; a UserError if there is none, or if a name occurs twice in it."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    return _parse(raw, path)
-
-
-def _parse(raw: bytes, path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: {twice!r} occurs twice")
-        return found
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON where it should be ({str(error)[:200]})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: no JSON object where one should be")
-    return value
 
 
 def _info(name: str, entry: Any, path: pathlib.Path, data_start: int) -> Info:
@@ -251,15 +237,17 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _listed(names: list[str], most: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Writer:
     """Writes a checkpoint folder of which all names, dtypes and shapes are known beforehand, in any order.
 
-    Files have temporary names until `finish`; the index is the last to get its own. The same tensors make the same
-    bytes whatever the order in which they are written. As a context manager it finishes, or removes what it began if
+    Files have temporary names until `finish`; the index is the last to get its own. Files of other names stay, so the
+    folder should hold no other checkpoint. The same tensors make the same bytes whatever the order in which they are
+    written. As a context manager it finishes, or removes what it began if
     there was an exception.
     """
 
@@ -279,7 +267,6 @@ class Writer:
         numbered = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         names = [single or SINGLE] if count == 1 else numbered
         self._index = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-        self._is_checkpoint = single is None
         self._final = {self.directory / f".{name}.tmp": self.directory / name for name in names}
         self._places: dict[str, Info] = {}
         self._left: set[str] = set()
@@ -314,7 +301,7 @@ class Writer:
     def finish(self) -> None:
         """Gives the files their names; ValueError if a tensor was not written."""
         if self._left:
-            raise ValueError(f"not written: {_listed(sorted(self._left))}")
+            raise ValueError(f"not written: {listed(sorted(self._left))}")
         try:
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
@@ -324,9 +311,7 @@ class Writer:
             if len(self._final) > 1:
                 total = sum(info.nbytes for info in self._places.values())
                 content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._index.items()))}
-                storage.write_atomically(self.directory / INDEX, (json.dumps(content, indent=2) + "\n").encode())
-            if self._is_checkpoint:
-                self._remove_others()
+                storage.write_atomically(self.directory / INDEX, storage.to_json(content))
         except OSError as error:
             raise UserError(f"can't write to {self.directory}: {error.strerror or error}") from error
 
@@ -368,13 +353,6 @@ class Writer:
         self._descriptors[path] = descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.write(descriptor, struct.pack("<Q", len(raw)) + raw)
         os.ftruncate(descriptor, 8 + len(raw) + end)
-
-    def _remove_others(self) -> None:
-        """Takes away the weights of the checkpoint that lay here before: readers would take them for these."""
-        ours = {path.name for path in self._final.values()} | ({INDEX} if len(self._final) > 1 else set())
-        for path in self.directory.glob("model*.safetensors*"):
-            if path.name not in ours and re.fullmatch(_CHECKPOINT_FILES, path.name):
-                path.unlink()
 
     def _close(self) -> None:
         while self._descriptors:

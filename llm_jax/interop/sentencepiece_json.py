@@ -19,6 +19,18 @@ _NORMAL = 1  # ModelProto.SentencePiece.Type
 _SPACE, _MARK = " ", "\u2581"
 
 
+def is_lossless(tokenizer: Tokenizer) -> bool:
+    """Whether it is a SentencePiece model of the kind that this project trains."""
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    if tokenizer.files.name != folder.SENTENCEPIECE:
+        return False
+    model = messages.ModelProto.FromString(tokenizer.files.main)  # type: ignore[attr-defined]
+    normalizer, trainer = model.normalizer_spec, model.trainer_spec
+    return (trainer.model_type == _BPE and trainer.byte_fallback and not normalizer.precompiled_charsmap
+            and not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces)
+
+
 def files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """`tokenizer.json` and `tokenizer_config.json` as objects, by name.
 
@@ -27,15 +39,10 @@ def files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """
     from sentencepiece import sentencepiece_model_pb2 as messages
 
-    where = tokenizer.files.where
-    if tokenizer.files.name != folder.SENTENCEPIECE:
-        raise UserError(f"{where} is no SentencePiece model")
+    if not is_lossless(tokenizer):
+        raise UserError(f"{tokenizer.files.where} is not lossless, so no tokenizer.json can be made for it; put one "
+                        f"beside it")
     model = messages.ModelProto.FromString(tokenizer.files.main)  # type: ignore[attr-defined]
-    normalizer, trainer = model.normalizer_spec, model.trainer_spec
-    is_ours = (trainer.model_type == _BPE and trainer.byte_fallback and not normalizer.precompiled_charsmap
-               and not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces)
-    if not is_ours:
-        raise UserError(f"{where} is not lossless, so no tokenizer.json can be made for it; put one beside it")
     pieces = [piece.piece for piece in model.pieces]
     learnt = sorted((i for i, piece in enumerate(model.pieces) if piece.type == _NORMAL),
                     key=lambda i: (-model.pieces[i].score, i))

@@ -61,11 +61,14 @@ def regions(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[sl
                                    for length, step in zip(shape, chunk, strict=True)))
 
 
-def contiguous(values: np.ndarray) -> np.ndarray:
-    """A copy in C order (`values` itself if it is), made tile by tile: transposed, the whole thrashes the caches."""
+def contiguous(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in C order and `dtype`, or `values` itself if it is that; nothing else is made on the way.
+
+    It is made tile by tile: transposed, the whole thrashes the caches.
+    """
     if values.flags.c_contiguous or values.ndim < 2:
-        return np.ascontiguousarray(values)
-    copy = np.empty(values.shape, values.dtype)
+        return np.ascontiguousarray(values, dtype)
+    copy = np.empty(values.shape, dtype)
     rest = max(_TILE // max(math.prod(values.shape[2:]), 1), 1)
     for tile in regions(values.shape, (_TILE, rest, *(max(length, 1) for length in values.shape[2:]))):
         copy[tile] = values[tile]
@@ -108,7 +111,7 @@ class SliceWriter:
         store = self._stores[path]
         whole = tuple(slice(i, i + 1) for i in index)
         for region in regions(values.shape, self._chunks[path][len(index):]):
-            piece = contiguous(values[region]).astype(self._dtypes[path], copy=False)
+            piece = contiguous(values[region], self._dtypes[path])
             piece = piece.reshape((1,) * len(index) + piece.shape)
             into = store.with_transaction(self._transaction)[(*whole, *region)]
             with self._writing():
@@ -131,7 +134,7 @@ class SliceWriter:
 
     def _commit(self) -> None:
         with self._writing():
-            _commit_sync(self._transaction)
+            self._transaction.commit_sync()
         self._pending = 0
         self._begin()
 
@@ -142,10 +145,6 @@ class SliceWriter:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"can't write to {self._item}: {reason[:300]}") from error
-
-
-def _commit_sync(transaction: Any) -> None:
-    transaction.commit_sync()
 
 
 class SliceReader:
@@ -165,15 +164,6 @@ class SliceReader:
         self._item = epath.Path(directory) / str(self.step) / _ITEM
         self._stores: dict[Path, Any] = {}
         self._context = tensorstore.Context()
-
-    def read(self, path: Path, index: tuple[int, ...] = ()) -> np.ndarray:
-        """`leaf[index]` of the leaf at `path`.
-
-        Raises:
-          UserError: it is damaged.
-        """
-        with self._reading():
-            return self._store(path)[index].read().result()
 
     def read_into(self, path: Path, index: tuple[int, ...], out: np.ndarray) -> None:
         """Copies `leaf[index]` into `out`, chunk by chunk; it may be a view of any strides and of another float dtype.

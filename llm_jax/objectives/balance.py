@@ -17,7 +17,8 @@ def balance_loss(router: Mapping[str, Array]) -> Array:
     probability (Σ P = 1); padding counts in neither. So an even load costs A, the worst one E. That is `transformers`'
     `load_balancing_loss_func` of one layer, for which coefficients mean the same. Over several layers that function
     multiplies the layers' means, in which one layer's idle expert hides another's busy one; this one is the mean of the
-    layers' products, so it is larger where layers differ. DeepSeek-V3's f (arXiv:2412.19437, eq. 18) is divided by A besides.
+    layers' products, so it is larger where layers differ. DeepSeek-V3's f (arXiv:2412.19437, eq.
+    18) is divided by A besides.
 
     f is a count and has no gradient, so the loss pushes down the probability of experts in proportion to their load.
 

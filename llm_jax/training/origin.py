@@ -70,10 +70,15 @@ def restore_params(init_from: epath.PathLike, like: Any) -> Any:
 
 def keep(init_from: epath.PathLike, run_dir: epath.Path) -> None:
     """Hands on what an export needs of the checkpoint that was imported in the first place."""
-    source = storage.located(init_from) / runs.ORIGIN
-    if source.is_dir():
-        for path in source.iterdir():
-            storage.write_atomically(run_dir / runs.ORIGIN / path.name, path.read_bytes())
+    _copy(storage.located(init_from) / runs.ORIGIN, run_dir / runs.ORIGIN)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            storage.copy_atomically(path, target / path.name)  # some are as large as a tensor
 
 
 def decisive(init_from: epath.PathLike | None) -> dict[str, Any]:

@@ -12,10 +12,6 @@ import numpy as np
 from llm_jax.interop import families
 from llm_jax.interop.safetensors import DTYPES, NAMES, Folder, Writer
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-# Golden checkpoints of which a run directory can be made; some lie under more than one config.json.
-FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("[!.]*/config.json")
-                 if any(path.parent.glob("*.safetensors")))
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 32,
     "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -46,6 +42,12 @@ def make(directory: pathlib.Path, fields: Mapping[str, Any] = LLAMA,
     write(directory, tensors, **options)
     (directory / "config.json").write_text(json.dumps(fields))
     return directory
+
+
+def read_all(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Name → values of every tensor."""
+    with Folder(directory) as folder:
+        return {name: folder.read(name) for name in folder.tensors}
 
 
 def contents(directory: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

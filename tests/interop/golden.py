@@ -10,8 +10,11 @@ import numpy as np
 from llm_jax import hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-DECODERS = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_longrope", "gpt2",
-            "glm4", "mixtral", "qwen3_moe", "deepseek_v3")
+# Each family of decoders and the folder that stands for it; two have another.
+FAMILIES = {"llama": "llama2", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+            "gemma3": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "glm4": "glm4", "mixtral": "mixtral",
+            "qwen3_moe": "qwen3_moe", "deepseek_v3": "deepseek_v3"}
+DECODERS = (*FAMILIES.values(), "llama3", "phi3_longrope")
 HEADS = ("llama_sequence", "llama_tokens", "bert_sequence", "bert_regression", "bert_tokens")
 FOLDERS = (*DECODERS, *HEADS, "llama_rope", "bert", "bert_hub", "t5", "flan_t5")
 # (folder, another config over its weights)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -18,13 +17,8 @@ from llm_jax.errors import UserError
 from llm_jax.interop import families
 from llm_jax.interop.safetensors import Folder
 from llm_jax.models import Experts, Head, ModelConfig, RopeScaling
+from tests.interop.golden import FAMILIES, FOLDERS, GOLDEN
 from tests.interop.test_published import PUBLISHED
-
-GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
-DECODERS = {"llama": "llama2", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-            "gemma3": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "glm4": "glm4", "mixtral": "mixtral",
-            "qwen3_moe": "qwen3_moe", "deepseek_v3": "deepseek_v3"}
 
 
 def values_of(folder: str, file: str = "config.json") -> dict:
@@ -102,16 +96,16 @@ def test_a_written_config_is_read_back(path):
 ])
 def test_the_same_said_otherwise(family, change):
     """Values that mean the same, or nothing at all in this model, are no obstacle to writing it."""
-    config = dataclasses.replace(config_of(DECODERS[family]), **change)
+    config = dataclasses.replace(config_of(FAMILIES[family]), **change)
     families.config_to_hf(config)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", [
     Head("sequence_classification", 3), Head("regression", 1), Head("regression", 4), Head("reward"),
     Head("token_classification", 5), Head("value")], ids=lambda h: f"{h.kind}-{h.labels}")
 def test_heads(family, head):
-    config = dataclasses.replace(config_of(DECODERS[family]), head=head)
+    config = dataclasses.replace(config_of(FAMILIES[family]), head=head)
     if family == "gemma3" and not head.per_sequence:
         with pytest.raises(UserError, match="transformers has no token_classification for the family 'gemma3'"):
             families.config_to_hf(config)
@@ -138,10 +132,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_other_settings(family):
     """What the golden models leave at its default is written and read, and has names, too."""
-    config = dataclasses.replace(config_of(DECODERS[family]), **VARIANTS[family])
+    config = dataclasses.replace(config_of(FAMILIES[family]), **VARIANTS[family])
     assert families.config_from_hf(families.config_to_hf(config)) == config
     check_cover(config)
 
@@ -187,17 +181,20 @@ def test_keys_that_are_absent(family, published):
 
 @pytest.mark.parametrize(("family", "change", "words"), [
     *((family, {"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported")
-      for family in DECODERS),
-    *((family, {"attention_multiplier": 2.0}, "attention_multiplier=2.0 is not supported") for family in DECODERS),
+      for family in FAMILIES),
+    *((family, {"attention_multiplier": 2.0}, "attention_multiplier=2.0 is not supported") for family in FAMILIES),
+    *((family, {"model_type": "mamba"}, "model_type='mamba' is not supported; supported: ") for family in FAMILIES),
+    *((family, {"output_multiplier_scale": 0.5}, "output_multiplier_scale=0.5 is not supported")
+      for family in FAMILIES),
     *((family, {"vocab_size": 0}, "vocab_size=0 is not supported; supported: whole numbers from 1")
-      for family in DECODERS),
+      for family in FAMILIES),
     *((family, {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is not supported; supported: 'silu'")
-      for family in DECODERS if family not in ("gpt2", "gemma2", "gemma3")),
+      for family in FAMILIES if family not in ("gpt2", "gemma2", "gemma3")),
     *((family, {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}, "rope_parameters": None},
        "rope_type='proportional' is not supported; supported: 'default', 'linear'")
-      for family in DECODERS if family != "gpt2"),
+      for family in FAMILIES if family != "gpt2"),
     *((family, {"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25 is not supported")
-      for family in DECODERS if family not in ("gpt2", "phi3", "glm4")),
+      for family in FAMILIES if family not in ("gpt2", "phi3", "glm4")),
     *((family, {"architectures": [architecture], "problem_type": "multi_label_classification"},
        "problem_type='multi_label_classification' is not supported")
       for family, architecture in (("llama", "LlamaForSequenceClassification"),
@@ -245,7 +242,7 @@ def test_keys_that_are_absent(family, published):
     ("deepseek_v3", {"topk_group": 99}, "Experts.groups_kept=99"),
 ])
 def test_refused(family, change, words):
-    values = {**values_of(DECODERS[family]), **change}
+    values = {**values_of(FAMILIES[family]), **change}
     with pytest.raises(UserError, match=words) as raised:
         families.config_from_hf(values, "some/config.json")
     assert str(raised.value).startswith("some/config.json: ")
@@ -276,4 +273,4 @@ def test_unknown_families():
 ])
 def test_what_a_family_cannot_say_is_not_written(family, change, words):
     with pytest.raises(UserError, match=words):
-        families.config_to_hf(dataclasses.replace(config_of(DECODERS[family]), **change))
+        families.config_to_hf(dataclasses.replace(config_of(FAMILIES[family]), **change))

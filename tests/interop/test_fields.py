@@ -61,6 +61,13 @@ def test_what_nobody_read_is_refused():
         Fields({"quantization_config": {"quant_method": "fp8"}}).finish()
 
 
+@pytest.mark.parametrize("key", ["output_multiplier_scale", "output_norm", "unsloth_scale", "dropout_scale",
+                                 "residual_multiplier_dropout", "classifier_activation", "bos_tokens"])
+def test_what_merely_looks_like_a_harmless_key_is_refused(key):
+    with pytest.raises(UserError, match=f"{key}=0.5 is not supported"):
+        Fields({key: 0.5}).finish()
+
+
 # Rotary positions
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}

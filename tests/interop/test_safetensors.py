@@ -64,11 +64,10 @@ def test_what_the_reference_library_writes_is_read(tmp_path):
         assert folder.read("f32", slice(6, 99)).shape == (1, 3, 2)
 
 
-def test_the_same_tensors_make_the_same_bytes_in_any_order_and_replace_what_lay_there(tmp_path):
+def test_the_same_tensors_make_the_same_bytes_in_any_order(tmp_path):
     expected = arrays()
     announced = [(name, NAMES[array.dtype], array.shape) for name, array in expected.items()]
     for directory, order in (("a", list(expected)), ("b", list(reversed(expected)))):
-        write(tmp_path / directory, {"old": np.zeros((300, 2))}, shard_bytes=10)
         with Writer(tmp_path / directory, announced, shard_bytes=150) as writer:
             for name in order:
                 writer.write(name, expected[name])
@@ -77,7 +76,7 @@ def test_the_same_tensors_make_the_same_bytes_in_any_order_and_replace_what_lay_
     assert files[0] == files[1] and not any("tmp" in str(p) for p in files[0])
     for path in files[0]:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
-    assert set(contents(tmp_path / "a")) == set(expected)  # the old single file would have hidden the new ones
+    assert set(contents(tmp_path / "a")) == set(expected)
     assert all(info.offset % 8 == 0 for info in Folder(tmp_path / "a" / "single").tensors.values()
                if DTYPES[info.dtype].itemsize == 8)
 
@@ -107,10 +106,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     (b"", "cut off"),
     (b"\x01\x02", "cut off"),
     (raw({"a": entry()}, bytes(8), length=1 << 60), "its header should have 1152921504606846976"),
-    (raw(b"not json"), "no JSON"),
-    (raw(b"\xff\xfe{}"), "no JSON"),
-    (raw(b"[" * 100_000), "no JSON"),
-    (raw([1, 2]), "no JSON object"),
+    (raw(b"not json"), "its header is not JSON"),
+    (raw(b"\xff\xfe{}"), "its header is not JSON"),
+    (raw(b"[" * 100_000), "its header is not JSON"),
+    (raw([1, 2]), "its header must hold a JSON object"),
     (raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": 1}', bytes(8)), "'a' occurs twice"),
     (raw({"a": entry()}, bytes(7)), "cut off inside of tensor a"),
     (raw({"a": entry()}, bytes(9)), "goes on after tensor a"),
@@ -153,8 +152,12 @@ def damage_index(directory: pathlib.Path, **changes: str | None) -> None:
     (lambda d: damage_index(d, a="model-00002-of-00002.safetensors"), "holds tensor a, which .* lies in model-00002"),
     (lambda d: damage_index(d, b="../elsewhere"), "tensor b lies in '../elsewhere', which is no file name"),
     (lambda d: (d / INDEX).write_text("{}"), "no weight_map"),
-    (lambda d: (d / INDEX).write_text("{"), "no JSON"),
+    (lambda d: (d / INDEX).write_text("{"), "is not JSON"),
     (lambda d: (d / INDEX).unlink(), "holds neither"),
+    (lambda d: write(d, {"old": np.zeros(2)}), f"holds {SINGLE} and model-00001-of-00002.safetensors, model-00002-of"),
+    (lambda d: ((d / INDEX).unlink(), write(d, {"old": np.zeros(2)})), f"holds {SINGLE} and model-00001"),
+    (lambda d: [write(d, {"old": np.zeros(2)}), *(f.unlink() for f in d.glob("model-*"))],
+     f"holds {SINGLE}, and {INDEX} says that the model lies in model-00001-of-00002.safetensors, model-00002"),
     (lambda d: write_tensor_into(d / "model-00002-of-00002.safetensors"), "holds tensor a, which .* lies in model-0"),
 ])
 def test_shards_and_index_that_disagree(tmp_path, damage, said):
@@ -163,6 +166,20 @@ def test_shards_and_index_that_disagree(tmp_path, damage, said):
     with pytest.raises(UserError, match=said) as caught:
         Folder(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_other_weights_beside_a_checkpoint_are_left_alone(tmp_path):
+    """As they lie on the hub: a second copy in the maker's own form, and an index that names one file alone."""
+    write(tmp_path, {"x": np.zeros(2)})
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not looked at")
+    (tmp_path / "consolidated-00001-of-00002.safetensors").write_bytes(b"not looked at")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"not looked at")
+    assert set(contents(tmp_path)) == {"x"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": SINGLE}}))
+    assert set(contents(tmp_path)) == {"x"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": SINGLE, "y": SINGLE}}))
+    with pytest.raises(UserError, match=f"{SINGLE} lacks tensor y"):
+        Folder(tmp_path)
 
 
 def write_tensor_into(path: pathlib.Path) -> None:

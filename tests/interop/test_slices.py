@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,11 @@ def test_slices_are_read_of_what_either_wrote(tmp_path):
         reader = SliceReader(tmp_path / name)
         assert reader.step == step
         assert {path: (leaf.shape, leaf.dtype) for path, leaf in reader.shapes.items()} == SHAPES
-        np.testing.assert_array_equal(reader.read(("layers", "experts", "gate"), (3, 1)),
-                                      made["layers", "experts", "gate"][3, 1])
-        np.testing.assert_array_equal(reader.read(("embed",)), made["embed",])
-        assert reader.read(("layers", "w"), (1,)).tobytes() == made["layers", "w"][1].tobytes()
+        for path, index in ((("layers", "experts", "gate"), (3, 1)), (("embed",), ()), (("layers", "w"), (1,))):
+            whole = made[path][index]
+            out = np.empty(whole.shape, whole.dtype)
+            reader.read_into(path, index, out)
+            assert out.tobytes() == whole.tobytes()
 
 
 def test_what_orbax_saves_lies_in_layers_too(tmp_path, monkeypatch):
@@ -95,7 +97,7 @@ def test_a_slice_that_was_never_written_is_damage(tmp_path):
     missing = made.pop(("norm", "scale"))
     write(tmp_path / "c", made)
     with pytest.raises(UserError, match="damaged or incomplete"):
-        SliceReader(tmp_path / "c").read(("norm", "scale"))
+        SliceReader(tmp_path / "c").read_into(("norm", "scale"), (), np.empty(7, np.float16))
     with Checkpoints(tmp_path / "c", read_only=True) as checkpoints, pytest.raises(UserError, match="can't be read"):
         checkpoints.restore_params()
     assert missing.shape == (7,)
@@ -127,6 +129,18 @@ def test_chunks_cover_a_leaf_and_cross_no_border_of_a_device(shape, unit, parts,
                                           ((0, 3), (1, 0)), ((20,), (0,))])
 def test_a_view_copied_in_tiles_is_the_view(shape, order):
     view = np.random.default_rng(0).normal(size=shape).transpose(order)
-    copy = contiguous(view)
-    assert copy.flags.c_contiguous
-    np.testing.assert_array_equal(copy, view)
+    for dtype in (np.float64, np.float32, ml_dtypes.bfloat16):
+        copy = contiguous(view, dtype)
+        assert copy.flags.c_contiguous and copy.dtype == dtype
+        np.testing.assert_array_equal(copy, view.astype(dtype))
+
+
+def test_a_copy_in_another_dtype_is_the_only_one():
+    stored = np.ones((2000, 1000), ml_dtypes.bfloat16)
+    assert contiguous(stored, stored.dtype) is stored
+    for values in (stored, stored.T):
+        tracemalloc.start()
+        copy = contiguous(values, np.float32)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < copy.nbytes * 1.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -12,10 +12,11 @@ import pytest
 from llm_jax import hf, models
 from llm_jax.errors import UserError
 from llm_jax.interop import families
+from tests.interop.folders import read_all, write
+from tests.interop.golden import GOLDEN
 from tests.models import test_encoder_decoder
 from tests.models.drawn import drawn_params
 
-GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 FILE = json.loads((GOLDEN / "t5" / "config.json").read_text())
 FLAN = json.loads((GOLDEN / "flan_t5" / "config.json").read_text())
 TIED, APART = ["shared.weight"], ["shared.weight", "lm_head.weight"]
@@ -25,7 +26,8 @@ TIED, APART = ["shared.weight"], ["shared.weight", "lm_head.weight"]
     ({}, TIED, True, True),  # t5-small
     ({}, APART, True, True),  # the same, with a copy of the embedding in the file
     ({"tie_word_embeddings": False}, APART, False, False),  # T5 1.1 and Flan
-    ({"tie_word_embeddings": False}, TIED, True, False),  # 1.1, tied when it was trained further
+    ({"tie_word_embeddings": False}, TIED, False, False),  # a damaged one
+    ({"tie_word_embeddings": False, "scale_decoder_outputs": False}, TIED, False, False),
     ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, APART, False, False),  # saved by transformers 5
     ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, TIED, True, False),
     ({"tie_word_embeddings": True, "scale_decoder_outputs": True}, TIED, True, True)])
@@ -34,6 +36,16 @@ def test_whether_outputs_are_scaled_and_projected_apart(fields, tensors, tied, s
     config = families.config_from_hf(bare | fields, tensors=tensors)
     assert config.tie_embeddings == tied
     assert config.logit_scale == (FILE["d_model"] ** -0.5 if scaled else None)
+
+
+def test_a_projection_that_is_missing_is_missed(tmp_path):
+    """A file of transformers 4 says itself that there must be one."""
+    folder = GOLDEN / "flan_t5"
+    tensors = {name: array for name, array in read_all(folder).items() if name != "lm_head.weight"}
+    write(tmp_path, tensors)
+    shutil.copy(folder / "config_v4.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="1 tensor missing: lm_head.weight"):
+        hf.load(tmp_path)
 
 
 def test_layers_of_either_side_and_the_feed_forward_part():
@@ -51,6 +63,7 @@ def test_layers_of_either_side_and_the_feed_forward_part():
 @pytest.mark.parametrize("key, value", [
     ("feed_forward_proj", "gated-mish"), ("dense_act_fn", "gelu"), ("is_gated_act", True), ("is_decoder", True),
     ("is_encoder_decoder", False), ("architectures", ["T5ForQuestionAnswering"]), ("some_new_switch", 1),
+    ("model_type", "mt5"),
     ("relative_attention_num_buckets", "many"), ("d_kv", 0)])
 def test_what_is_not_supported_is_refused_by_name(key, value):
     with pytest.raises(UserError, match=key):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from experiments import evaluate, generate
 from llm_jax import hf, runs
@@ -19,6 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.interop.exporting import export_run
 from llm_jax.interop.importing import import_run
 from llm_jax.parallel.mesh import MeshConfig
+from llm_jax.training import origin
 from llm_jax.training.loop import train
 from llm_jax.training.optimizer import OptimizerConfig
 from tests.interop.folders import LLAMA, contents, make
@@ -130,3 +133,19 @@ def test_a_run_born_here_exports_a_folder_of_its_own(places, tmp_path):
         assert tokenizer.encode(text) == run.tokenizer.encode(text)
         assert tokenizer.prompt_ids(text) == run.tokenizer.prompt_ids(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_what_an_import_kept_is_handed_on_in_blocks(tmp_path):
+    """Tensors that the model has no use for may be as large as any; files may lie in folders."""
+    kept = tmp_path / "imported" / runs.ORIGIN
+    (kept / "templates").mkdir(parents=True)
+    (kept / "templates" / "tools.jinja").write_text("x")
+    (kept / "ignored.safetensors").write_bytes(bytes(32 << 20))
+    tracemalloc.start()
+    origin.keep(tmp_path / "imported", epath.Path(tmp_path / "run"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    found = tmp_path / "run" / runs.ORIGIN
+    assert (found / "templates" / "tools.jinja").read_text() == "x"
+    assert (found / "ignored.safetensors").read_bytes() == bytes(32 << 20)

@@ -3,6 +3,7 @@
 A family's module states facts and names, and no arithmetic:
 
   ARCHITECTURES: the `architectures` entries of its `config.json` → "lm", or the kind of head.
+  MODEL_TYPES: what `model_type` may be, where a `config.json` has it; early ones do not.
   config_from_hf(fields) -> ModelConfig; config_to_hf(config) -> dict: `config.json` in and out.
   tensors(config) -> list[mapping.Tensor]: every tensor of a checkpoint, under its canonical name.
   IGNORED: regular expressions of canonical names which checkpoints carry and the model has no use for.
@@ -69,6 +70,7 @@ def config_from_hf(hf_config: Mapping[str, Any], source: str = "config.json",
     names = None if tensors is None else {canonical(family, name) for name in tensors}
     fields = Fields(hf_config, source, names)
     try:
+        fields.must("model_type", *family.MODEL_TYPES)
         config = family.config_from_hf(fields)
     except UserError as error:  # ModelConfig's own checks do not know the file
         raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from None

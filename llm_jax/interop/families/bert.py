@@ -13,10 +13,12 @@ from llm_jax.models import ModelConfig
 ARCHITECTURES = {"BertModel": "lm", "BertForMaskedLM": "lm", "BertForPreTraining": "lm",
                  "BertForNextSentencePrediction": "lm", "BertForSequenceClassification": "sequence_classification",
                  "BertForTokenClassification": "token_classification"}
+MODEL_TYPES = ("bert",)
 IGNORED = (r"bert\.embeddings\.(position|token_type)_ids",)
 TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias"}
-# What each architecture's class has; a checkpoint may hold more (bert-base-uncased calls itself BertForMaskedLM).
+# What each architecture's class has; a checkpoint may hold more (bert-base-uncased calls itself BertForMaskedLM), and
+# only a bare model may hold less: those that were trained without a pooler call themselves BertModel too.
 _HEADS = {"BertModel": ("pooler",), "BertForMaskedLM": ("masked_lm",),
           "BertForPreTraining": ("masked_lm", "pooler", "next_sentence"),
           "BertForNextSentencePrediction": ("pooler", "next_sentence"), "BertForSequenceClassification": ("pooler",),
@@ -57,10 +59,12 @@ def config_from_hf(f: Fields) -> ModelConfig:
 
 
 def _encoder_heads(f: Fields, for_task: bool) -> tuple[str, ...]:
+    (named,) = f.raw("architectures")
     if f.tensors is None:
-        return _HEADS[f.raw("architectures")[0]]
-    held = tuple(name for name, sign in _SIGNS.items() if sign in f.tensors)
-    return tuple(name for name in held if name == "pooler") if for_task else held
+        return _HEADS[named]
+    promised = () if named == "BertModel" else _HEADS[named]
+    found = tuple(name for name, sign in _SIGNS.items() if name in promised or sign in f.tensors)
+    return tuple(name for name in found if name == "pooler") if for_task else found
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -72,7 +76,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         held = set(config.encoder_heads)
         # The class with just these heads; failing that, one that has them and more would make up weights.
         fit = [name for name, kind in ARCHITECTURES.items() if kind == "lm" and set(_HEADS[name]) <= held]
-        fields["architectures"] = [max(fit, key=lambda name: len(_HEADS[name]))] if fit else ["BertModel"]
+        fit.sort(key=lambda name: (len(_HEADS[name]), "masked_lm" in _HEADS[name]))
+        fields["architectures"] = fit[-1:] or ["BertModel"]
     return fields | {"type_vocab_size": config.token_types, "position_embedding_type": "absolute"}
 
 

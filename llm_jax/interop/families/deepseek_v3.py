@@ -15,6 +15,7 @@ from llm_jax.models.layout import layer_kinds
 from llm_jax.models.rope import yarn_mscale
 
 ARCHITECTURES = common.architectures("DeepseekV3")
+MODEL_TYPES = ("deepseek_v3",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 

@@ -11,6 +11,7 @@ from llm_jax.interop.mapping import Tensor
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = common.architectures("Gemma2")
+MODEL_TYPES = ("gemma2",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "attention_post_norm",

@@ -13,6 +13,7 @@ from llm_jax.interop.mapping import Tensor
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = {"Gemma3ForCausalLM": "lm", "Gemma3TextForSequenceClassification": "sequence_classification"}
+MODEL_TYPES = ("gemma3_text",)
 IGNORED = (*common.IGNORED, r"model\.rotary_emb_local\.inv_freq", r"model\.rotary_emb\.\w+_inv_freq")
 TIED = common.TIED
 

@@ -12,6 +12,7 @@ from llm_jax.interop.mapping import Tensor
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = common.architectures("Glm4")
+MODEL_TYPES = ("glm4",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 NORMS = {"input_layernorm": "attention_norm", "post_self_attn_layernorm": "attention_post_norm",

@@ -11,6 +11,7 @@ from llm_jax.models import ModelConfig
 
 ARCHITECTURES = {"GPT2LMHeadModel": "lm", "GPT2ForSequenceClassification": "sequence_classification",
                  "GPT2ForTokenClassification": "token_classification"}
+MODEL_TYPES = ("gpt2",)
 IGNORED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask, as a buffer
 TIED = {"lm_head.weight": "transformer.wte.weight"}
 _PREFIX = "transformer."

@@ -11,6 +11,7 @@ from llm_jax.interop.mapping import Tensor
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = common.architectures("Mistral")
+MODEL_TYPES = ("mistral",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 

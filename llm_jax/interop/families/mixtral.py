@@ -12,6 +12,7 @@ from llm_jax.models import ModelConfig
 from llm_jax.models.facts import Experts
 
 ARCHITECTURES = common.architectures("Mixtral")
+MODEL_TYPES = ("mixtral",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 _EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

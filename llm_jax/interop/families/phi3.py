@@ -13,6 +13,7 @@ from llm_jax.interop.mapping import Tensor, fused, matrix
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = common.architectures("Phi3")
+MODEL_TYPES = ("phi3",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 

@@ -11,6 +11,7 @@ from llm_jax.interop.mapping import Tensor
 from llm_jax.models import ModelConfig
 
 ARCHITECTURES = common.architectures("Qwen3")
+MODEL_TYPES = ("qwen3",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 

@@ -14,6 +14,7 @@ from llm_jax.models.facts import Experts
 from llm_jax.models.layout import layer_kinds
 
 ARCHITECTURES = common.architectures("Qwen3Moe")
+MODEL_TYPES = ("qwen3_moe",)
 IGNORED = common.IGNORED
 TIED = common.TIED
 

@@ -12,6 +12,7 @@ from llm_jax.models import ModelConfig
 ARCHITECTURES = {"T5ForConditionalGeneration": "lm", "T5WithLMHeadModel": "lm"}
 # Early files carry a bias for positions in cross-attention, which no model used.
 IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+MODEL_TYPES = ("t5",)
 TIED = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
         "lm_head.weight": "shared.weight"}
 _FEED_FORWARD = {"relu": ("relu", False), "gelu": ("gelu", False), "silu": ("silu", False),
@@ -23,7 +24,7 @@ def config_from_hf(f: Fields) -> ModelConfig:
 
     T5's outputs are scaled, those of T5 1.1 and Flan are not and have a projection of their own. Files tell the two
     apart by `tie_word_embeddings`, until transformers 5 wrote it as true in either and `scale_decoder_outputs` beside
-    it; whether there is a projection is then for the tensors to say.
+    it. Where that says that a tied model is not scaled, whether there is a projection is for the tensors to say.
     """
     f.default(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
               relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
@@ -37,7 +38,7 @@ def config_from_hf(f: Fields) -> ModelConfig:
     f.must("is_gated_act", gated)
     tied = f.flag("tie_word_embeddings")
     scaled = f.flag("scale_decoder_outputs") if f.given("scale_decoder_outputs") else tied
-    if f.tensors is not None and not (tied and scaled):
+    if f.tensors is not None and tied and not scaled:
         tied = "lm_head.weight" not in f.tensors
     d, encoder_layers = f.integer("d_model"), f.integer("num_layers")
     decoder_layers = f.maybe_integer("num_decoder_layers")
