@@ -51,6 +51,11 @@ class Draw:
     def factors(self, count: int) -> list[float]:
         return np.sort(1.0 + 5.0 * self.rng.random(count)).tolist()
 
+    def width(self, heads: int, least: int = 20) -> int:
+        """Of the model, a multiple of the heads; narrower ones turn rounding into visible differences."""
+        smallest = -(-least // heads)
+        return heads * self.between(smallest, smallest + 6)
+
     def shape(self, head_dims: bool = True) -> dict[str, Any]:
         """Sizes that Llama-like configurations share."""
         kv = self.between(1, 3)
@@ -60,8 +65,8 @@ class Draw:
                   "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": self.between(20, 70),
                   "max_position_embeddings": 64, "rms_norm_eps": self.of(1e-6, 1e-3)}
         if head_dims:
-            return fields | {"head_dim": width, "hidden_size": heads * self.between(4, 9)}
-        return fields | {"hidden_size": heads * width}
+            return fields | {"head_dim": width, "hidden_size": self.width(heads)}
+        return fields | {"hidden_size": self.width(heads) // (2 * heads) * 2 * heads + 2 * heads}
 
     def rope(self, width: int, scaled: bool = True, theta: float | None = None) -> dict[str, Any]:
         """Rotary parameters of any kind, over `width` entries of a head."""
@@ -132,7 +137,7 @@ def gemma3(d: Draw) -> Case:
 def phi3(d: Draw) -> Case:
     shape = d.shape(head_dims=False)
     heads = shape["num_attention_heads"]
-    shape["hidden_size"] = heads * d.of(8, 16)
+    shape["hidden_size"] = heads * d.of(16, 24)
     part = d.of(0.5, 0.75, 1.0)
     turned = int(shape["hidden_size"] // heads * part)
     rope = d.of({"rope_type": "default"}, {"rope_type": "longrope", "short_factor": d.factors(turned // 2),
@@ -146,7 +151,7 @@ def phi3(d: Draw) -> Case:
 def gpt2(d: Draw) -> Case:
     heads = d.between(1, 4)
     return Case(hf.GPT2Config(vocab_size=d.between(70, 130), n_positions=d.between(32, 50), n_layer=d.between(2, 4),
-                              n_head=heads, n_embd=heads * d.between(6, 12), n_inner=d.of(None, 44),
+                              n_head=heads, n_embd=d.width(heads), n_inner=d.of(None, 44),
                               bos_token_id=1, eos_token_id=1, layer_norm_epsilon=d.of(1e-5, 1e-3)),
                 "GPT2LMHeadModel")
 
@@ -194,7 +199,7 @@ def deepseek_v3(d: Draw) -> Case:
 
 def bert(d: Draw) -> Case:
     heads = d.between(1, 4)
-    return Case(hf.BertConfig(vocab_size=d.between(70, 130), hidden_size=heads * d.between(6, 12),
+    return Case(hf.BertConfig(vocab_size=d.between(70, 130), hidden_size=d.width(heads),
                               num_hidden_layers=d.between(2, 4), num_attention_heads=heads,
                               intermediate_size=d.between(20, 70), max_position_embeddings=d.between(32, 50),
                               type_vocab_size=d.between(2, 3), hidden_act=d.of("gelu", "relu"),
