@@ -225,10 +225,12 @@ def _print_help(root: str, files: Sequence[str], description: str, examples: Seq
         print(description.strip().split("\n\n")[0] + "\n")
     if own:
         module, _, function = root.partition(":")
-        docs = dict(re.findall(r"^ {4,8}(\w+): (.*)$", getattr(sys.modules[module], function).__doc__ or "", re.M))
+        text = getattr(sys.modules[module], function).__doc__ or ""
+        docs = {name: " ".join(words.split())
+                for _, name, words in re.findall(r"^( {4,8})(\w+): (.*(?:\n\1 {2}.*)*)$", text, re.M)}
         print("flags:")
         for name, parameter in own.items():
-            default = "" if parameter.default is inspect.Parameter.empty else f" [{parameter.default!r}]"
+            default = f" [{parameter.default!r}]" if parameter.default not in (inspect.Parameter.empty, None) else ""
             print(f"  --{name:<18} {docs.get(name, '')}{default}")
         print()
     print("common flags:\n"

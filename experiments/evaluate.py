@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import sys
 
@@ -17,6 +18,9 @@ EXAMPLES = (
     "python -m experiments.evaluate --run_dir=runs/quickstart --text=novel.txt",
 )
 
+# Of a model that came without one, in tokens: dense attention holds a matrix of it by itself for each head.
+_DEFAULT_ROW = 1024
+
 
 def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None, split: str = "validation",
              row_length: int | None = None, batch_size: int = 16, max_batches: int = 0, dtype: str = "float32") -> None:
@@ -27,7 +31,8 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
       text: a UTF-8 file to measure, instead of the corpus the model was trained on
       data_dir: prepared corpus; by default the one the run was trained on
       split: part of the corpus: train, validation or test
-      row_length: tokens that predictions may look back on; by default the length the run was trained with
+      row_length: tokens that predictions may look back on; by default the length the run was trained with, and of an
+        imported model its context, up to 1,024 (attention takes memory with the square of it)
       batch_size: rows of a batch
       max_batches: batches to measure; 0 is all
       dtype: of the computation, float32 or bfloat16
@@ -47,13 +52,15 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     run = runs.load(run_dir)
     limit = run.config.longest_context
     trained = run.manifest.get("settings", {}).get("data", {}).get("row_length")
-    row_length = row_length or trained or run.config.max_context
+    row_length = row_length or trained or min(run.config.max_context, _DEFAULT_ROW)
     if not 1 <= row_length <= limit:
         raise UserError(f"--row_length={row_length} must be between 1 and the model's context, {limit}")
     report: dict = {}
     if text is not None:
         document, _ = read_text_document(text, run.tokenizer)
         documents, report["text"] = [document], text
+        row_length = min(row_length, max(document[1].size - 1, 1))
+        batch_size = min(batch_size, math.ceil(document[1].size / row_length))
     else:
         folder = data_dir or run.manifest.get("data_dir")
         if folder is None:

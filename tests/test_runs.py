@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -194,6 +195,12 @@ def test_evaluate_script_on_a_text(run_dir, tmp_path):
         nats -= logp[np.arange(len(window) - 1), window[1:]].sum()
     assert measured["tokens"] == len(tokens) - 1 and measured["bytes"] == len(text.encode())
     assert measured["loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    # With the context of an open model: rows are no longer than the text, or attention would take terabytes.
+    fields = json.loads((run_dir / "model.json").read_text())
+    shutil.copytree(run_dir, tmp_path / "long")
+    (tmp_path / "long" / "model.json").write_text(json.dumps(fields | {"max_context": 131072}))
+    got = script("evaluate", f"--run_dir={tmp_path / 'long'}", f"--text={tmp_path / 't.txt'}", "--row_length=131072")
+    assert got.returncode == 0 and json.loads(got.stdout)["tokens"] == len(tokens) - 1, got.stderr
     assert measured["perplexity"] == pytest.approx(np.exp(measured["loss"]), rel=1e-6)
     assert measured["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()), rel=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -91,7 +92,7 @@ class Fields:
     def number(self, key: str) -> float:
         """A finite number, as a float."""
         value = self.raw(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < sys.float_info.max:
             self.refuse(key, "numbers")
         return float(value)
 

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 
@@ -92,7 +93,11 @@ def appearing(target: pathlib.Path) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise UserError(f"can't write {target}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for _ in range(50):  # writes that were under way when an interrupt came may still make files
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not temporary.exists():
+                break
+            time.sleep(0.1)
 
 
 def _chunks(leaves: Mapping[Path, Leaf], mesh: MeshConfig) -> dict[Path, tuple[int, ...]]:

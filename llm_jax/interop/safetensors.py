@@ -161,7 +161,7 @@ class Folder:
         if SINGLE not in files and (self.directory / SINGLE).exists():
             raise UserError(f"{self.directory} holds {SINGLE}, and {path.name} says that the model lies in "
                             f"{listed(files, 2)}: remove the one that is not meant")
-        missing = [file for file in files if not (self.directory / file).exists()]
+        missing = [file for file in files if not (self.directory / file).is_file()]
         if missing:
             raise UserError(f"{path} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: "
                             f"{len(missing)} of {len(files)} files missing")

@@ -144,23 +144,23 @@ class _Run:
         self.run_dir = storage.located(run_dir)
         self.config, self.data, self.num_steps, self.seed = config, data, num_steps, seed
         self.init_from = init_from
+        self.model = build_language_model(config, execution)
         self.mesh = make_mesh(mesh)
         check_batch_divides(data.batch_size, self.mesh, accumulation)
         self.eval_rows, self.eval_batches = data.batch_size // accumulation, eval_batches
         self.tokenizer = tokenizer_lib.Tokenizer.load(data.data_dir)
+        if init_from is not None and resume.read_manifest(run_dir) is None:
+            origin.check_tokenizer(init_from, self.tokenizer, data.data_dir)
         needed = self.tokenizer.text_vocab_size
         if needed > config.vocab_size:
             raise UserError(f"ModelConfig.vocab_size={config.vocab_size} is smaller than the tokenizer's "
                             f"{needed} tokens in {data.data_dir}: give the model as many "
                             f"(--gin.ModelConfig.vocab_size={needed}), or prepare the text again "
                             f"with --gin.VOCAB_SIZE={config.vocab_size} and another DATA_DIR")
-        if init_from is not None and resume.read_manifest(run_dir) is None:
-            origin.check_tokenizer(init_from, self.tokenizer, data.data_dir)
         if data.row_length > config.longest_context:
             raise UserError(f"DataConfig.row_length={data.row_length} is more than ModelConfig.max_context="
                             f"{config.longest_context}")
         self.schedule = learning_rate_schedule(optimizer, num_steps)
-        self.model = build_language_model(config, execution)
         self.optimizer = make_optimizer(optimizer, num_steps, decay_mask(logical_axes(self.model)))
         self.shardings = state_shardings(self.model, self.optimizer, self.mesh)
         self.batch_sharding = rules_lib.batch_sharding(self.mesh)

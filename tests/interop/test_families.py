@@ -248,7 +248,7 @@ def test_refused(family, change, words):
     assert str(raised.value).startswith("some/config.json: ")
 
 
-@pytest.mark.parametrize("architectures", [["FalconForCausalLM"], [], None, "LlamaForCausalLM", ["LlamaModel"],
+@pytest.mark.parametrize("architectures", [["FalconForCausalLM"], [], None, [{}], "LlamaForCausalLM", ["LlamaModel"],
                                            ["LlamaForCausalLM", "LlamaForTokenClassification"]])
 def test_unknown_architectures(architectures):
     with pytest.raises(UserError, match=r"architectures=.* it knows .*GPT2LMHeadModel.*LlamaForCausalLM"):

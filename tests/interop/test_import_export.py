@@ -101,6 +101,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     (TIED, put("lm_head.weight", np.zeros((3, 32), DTYPES["BF16"])), r"lm_head.weight has shape \[3, 32\]"),
     (LLAMA | {"architectures": ["MambaForCausalLM"]}, None, "MambaForCausalLM"),
     (LLAMA | {"some_new_attention": True}, None, "some_new_attention"),
+    (LLAMA | {"num_hidden_layers": 10**9}, None, "num_hidden_layers=1000000000 is more than the .* tensors beside it"),
+    (LLAMA | {"rms_norm_eps": 10**400}, None, "rms_norm_eps"),
 ])
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, fields, change, said):
     source = make(tmp_path / "hf", LLAMA if change is None else fields, change or (lambda tensors: None))

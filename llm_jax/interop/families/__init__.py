@@ -47,7 +47,7 @@ def family_of(hf_config: Mapping[str, Any], source: str = "config.json") -> Modu
     """The family of a `config.json`; UserError, listing what is known, if its architecture is none of them."""
     known = {a: family for family in all_families().values() for a in family.ARCHITECTURES}
     named = hf_config.get("architectures") if isinstance(hf_config, Mapping) else None
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str) or named[0] not in known:
         first = ", ".join(next(iter(family.ARCHITECTURES)) for family in all_families().values())
         raise UserError(f"{source}: architectures={named!r} is not one that this project knows; it knows {first}, and "
                         f"those with a task's head instead")
@@ -68,6 +68,10 @@ def config_from_hf(hf_config: Mapping[str, Any], source: str = "config.json",
     """
     family = family_of(hf_config, source)
     names = None if tensors is None else {canonical(family, name) for name in tensors}
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):  # before a name is made for each
+        layers = hf_config.get(key)
+        if names is not None and isinstance(layers, int) and layers > len(names):
+            raise UserError(f"{source}: {key}={layers} is more than the {len(names)} tensors beside it")
     fields = Fields(hf_config, source, names)
     try:
         fields.must("model_type", *family.MODEL_TYPES)
