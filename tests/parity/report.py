@@ -29,8 +29,9 @@ models of random shapes with random weights, drawn afresh in every run, against 
 
 Each line is the worst of {draws} drawn models.
 
-- **Logits**: over every position that is not padding, of rows of unlike lengths in one batch, against one unpadded
-  forward a row. BERT's are those of the masked-LM head; its next-sentence logits are held to the same bound.
+- **Logits**: over every position that is not padding, of rows of unlike lengths in one batch, and of documents packed
+  into one row, against one unpadded forward a row. BERT's are those of the masked-LM head; its next-sentence logits are
+  held to the same bound.
 - **Gradient**: of the mean cross-entropy, tensor by tensor of the checkpoint: the largest difference divided by the
   tensor's own largest entry, worst tensor of all; the bound is 1e-3. (A gradient that is 0 in exact arithmetic, such as
   that of the bias of BERT's keys, has to be under 2e-5 of the model's largest in both.)
@@ -38,9 +39,10 @@ Each line is the worst of {draws} drawn models.
   from float32 logits.
 - **Parameters**: of the largest model drawn, the same number in both libraries.
 
-Every model is also exported: each tensor comes back bit for bit, and `transformers` loads the folder with no key
-missing or left over, and computes the same logits from it. Heads for sequences and tokens, on several families, pass
-the same tests. The default tests compare with files of each family that are kept in `tests/golden`, without torch.
+Every model is also exported, by `hf.save` or through a run directory: each tensor comes back bit for bit, and
+`transformers` loads the folder with no key missing or left over, and computes the same logits from it. Heads for
+sequences and tokens, on several families, pass the same tests. The default tests compare with files of each family that
+are kept in `tests/golden`, without torch.
 
 Command: `make test-parity SEED={seed}`, {date}. transformers {transformers}, torch {torch}, jax {jax}, flax {flax},
 Python {python}, {machine}.
