@@ -50,8 +50,13 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
         raise UserError(f"{path.parent} is no checkpoint folder: it has no {CONFIG}")
     if not any(path.parent.glob("*.safetensors")):
         return families.config_from_hf(storage.read_object(path), str(path))
+    fields = storage.read_object(path)
     with Folder(path.parent) as folder:
-        return families.config_from_hf(storage.read_object(path), str(path), folder.tensors)
+        for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):  # before each gets names
+            layers = fields.get(key)
+            if isinstance(layers, int) and layers > len(folder.tensors):
+                raise UserError(f"{path}: {key}={layers} is more than the {len(folder.tensors)} tensors beside it")
+        return families.config_from_hf(fields, str(path), folder.tensors)
 
 
 def load(directory: str | os.PathLike, dtype: str | None = None,

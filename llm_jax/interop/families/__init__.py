@@ -68,10 +68,6 @@ def config_from_hf(hf_config: Mapping[str, Any], source: str = "config.json",
     """
     family = family_of(hf_config, source)
     names = None if tensors is None else {canonical(family, name) for name in tensors}
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):  # before a name is made for each
-        layers = hf_config.get(key)
-        if names is not None and isinstance(layers, int) and layers > len(names):
-            raise UserError(f"{source}: {key}={layers} is more than the {len(names)} tensors beside it")
     fields = Fields(hf_config, source, names)
     try:
         fields.must("model_type", *family.MODEL_TYPES)
