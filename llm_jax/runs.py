@@ -239,9 +239,9 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
         elif source is not None:
             folder.write(directory, folder.read(source).contents)
         storage.write_atomically(directory / CONFIG, config_gin.encode())
-        storage.write_atomically(directory / MANIFEST, _to_json(environment() | manifest))
+        storage.write_atomically(directory / MANIFEST, storage.to_json(environment() | manifest))
         # Last: a directory with a model.json is a run directory.
-        storage.write_atomically(directory / MODEL, _to_json(config.to_dict()))
+        storage.write_atomically(directory / MODEL, storage.to_json(config.to_dict()))
     except OSError as error:
         raise UserError(f"cannot write the run directory {directory}: {error.strerror or error}") from error
     return directory
@@ -250,7 +250,7 @@ def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.P
 def update_manifest(run_dir: epath.PathLike, **fields: Any) -> None:
     """Sets top-level fields of the manifest, atomically."""
     path = storage.located(run_dir) / MANIFEST
-    storage.write_atomically(path, _to_json(_read_json(path) | fields))
+    storage.write_atomically(path, storage.to_json(_read_json(path) | fields))
 
 
 def environment() -> dict[str, Any]:
@@ -263,10 +263,6 @@ def environment() -> dict[str, Any]:
             continue
     return {"git_revision": _git_revision(), "python": platform.python_version(), "platform": platform.platform(),
             "packages": versions}
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

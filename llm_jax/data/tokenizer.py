@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 import codecs
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from llm_jax import storage
 from llm_jax.data.tokenizers import folder
 from llm_jax.errors import UserError
 
@@ -245,11 +245,11 @@ class Tokenizer(abc.ABC):
         named, texts = self.files.named(), self._special_texts()
         learnt = {name: text for name, text in texts.items() if name.removesuffix("_token") not in named}
         if learnt:
-            made[folder.SPECIALS] = _to_json(self.files.fields(folder.SPECIALS) | learnt)
+            made[folder.SPECIALS] = storage.to_json(self.files.fields(folder.SPECIALS) | learnt)
         generation = self.files.fields(folder.GENERATION)
         if generation.get("eos_token_id") is None and self.end_ids != (self.eos_id,) and self.end_ids:
-            made[folder.GENERATION] = _to_json((generation or {"_from_model_config": True})
-                                               | {"eos_token_id": list(self.end_ids)})
+            made[folder.GENERATION] = storage.to_json((generation or {"_from_model_config": True})
+                                                      | {"eos_token_id": list(self.end_ids)})
         return made
 
 
@@ -306,7 +306,3 @@ def special_ids(files: folder.Files, ids: Mapping[str, int], vocab_size: int) ->
 def bert_special_ids(ids: Mapping[str, int]) -> dict[str, int]:
     """BERT's special tokens, as far as a vocabulary has them."""
     return {role: ids[text] for role, text in _BERT.items() if text in ids}
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

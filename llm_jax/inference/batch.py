@@ -109,7 +109,7 @@ def build(plan: Plan, shape: StepShape, geometry: Geometry, params: Mapping[int,
             # The widest span that `most` queries see, and one page more, as it may begin in the middle of one.
             pages = min(g.pages_per_row, -(-(g.window + most - 2) // g.page_size) + 1)
             lists[f"{name}_local"] = _work_list(chunks, num_rows, pages, g, g.window)
-    context = PagedContext(position_N, slot_N, num_decode=shape.decode_rows, chunk=g.chunk, **lists)
+    context = PagedContext(position_N, slot_N, decode_rows=shape.decode_rows, chunk=g.chunk, **lists)
     return StepBatch(token_N, context, out_R, _sampling(rows, shape.rows, params))
 
 

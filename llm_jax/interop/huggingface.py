@@ -45,18 +45,30 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     Raises:
       UserError: there is none, or it says something that is not supported; names the key.
     """
-    path = local(directory) / CONFIG
+    directory = local(directory)
+    fields = read_fields(directory)
+    if not any(directory.glob("*.safetensors")):
+        return families.config_from_hf(fields, str(directory / CONFIG))
+    with Folder(directory) as folder:
+        return config_beside(folder, fields)
+
+
+def read_fields(directory: pathlib.Path) -> dict[str, Any]:
+    """What a folder's config.json says; UserError if there is none, or it is damaged."""
+    path = directory / CONFIG
     if not path.exists():
-        raise UserError(f"{path.parent} is no checkpoint folder: it has no {CONFIG}")
-    if not any(path.parent.glob("*.safetensors")):
-        return families.config_from_hf(storage.read_object(path), str(path))
-    fields = storage.read_object(path)
-    with Folder(path.parent) as folder:
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):  # before each gets names
-            layers = fields.get(key)
-            if isinstance(layers, int) and layers > len(folder.tensors):
-                raise UserError(f"{path}: {key}={layers} is more than the {len(folder.tensors)} tensors beside it")
-        return families.config_from_hf(fields, str(path), folder.tensors)
+        raise UserError(f"{directory} is no checkpoint folder: it has no {CONFIG}")
+    return storage.read_object(path)
+
+
+def config_beside(folder: Folder, fields: dict[str, Any]) -> ModelConfig:
+    """The model that `fields`, of the config.json beside the folder's tensors, describes."""
+    path, count = folder.directory / CONFIG, len(folder.tensors)
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):  # before each layer gets names
+        layers = fields.get(key)
+        if isinstance(layers, int) and layers > count:
+            raise UserError(f"{path}: {key}={layers} is more than the {count} tensors beside it")
+    return families.config_from_hf(fields, str(path), folder.tensors)
 
 
 def load(directory: str | os.PathLike, dtype: str | None = None,
@@ -77,10 +89,10 @@ def load(directory: str | os.PathLike, dtype: str | None = None,
       UserError: the folder is damaged, or holds what this project does not know; nothing was put on a device.
     """
     directory = local(directory)
-    config = read_config(directory)
-    kept = parameter_dtype(dtype)
-    tokenizer = load_tokenizer(directory)
+    fields, kept = read_fields(directory), parameter_dtype(dtype)
     with Folder(directory) as folder:
+        config = config_beside(folder, fields)
+        tokenizer = load_tokenizer(directory)
         matched = match(folder, config, families.by_name(config.family), kept)
         placer = Placer(matched.leaves, mesh)
         for name, tensor in in_file_order(folder, matched.tensors):

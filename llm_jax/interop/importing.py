@@ -22,7 +22,15 @@ from llm_jax.data.tokenizers import folder as tokenizer_folder
 from llm_jax.errors import UserError
 from llm_jax.inference import generation_config
 from llm_jax.interop import families
-from llm_jax.interop.huggingface import CONFIG, GENERATION, in_file_order, load_tokenizer, local, read_config
+from llm_jax.interop.huggingface import (
+    CONFIG,
+    GENERATION,
+    config_beside,
+    in_file_order,
+    load_tokenizer,
+    local,
+    read_fields,
+)
 from llm_jax.interop.mapping import Path, to_ours
 from llm_jax.interop.matching import Leaf, Match, describe, match, parameter_dtype, place
 from llm_jax.interop.safetensors import Folder, Writer
@@ -56,21 +64,21 @@ def import_run(hf_dir: str | os.PathLike, run_dir: str | os.PathLike, mesh: Mesh
     """
     source, target = local(hf_dir), local(run_dir)
     check_free(target, "the run directory")
-    config, kept = read_config(source), parameter_dtype(dtype)
-    tokenizer = load_tokenizer(source)
-    generation_config.read(source)  # it is kept; what is wrong in it must be said now and not when the run is used
-    if tokenizer is not None and tokenizer.text_vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer makes ids up to {tokenizer.text_vocab_size - 1}, the model knows "
-                        f"{config.vocab_size}")
+    fields, kept = read_fields(source), parameter_dtype(dtype)
     with Folder(source) as folder:
+        config = config_beside(folder, fields)
+        tokenizer = load_tokenizer(source)
+        generation_config.read(source)  # it is kept; what is wrong in it must be said now, not when the run is used
+        if tokenizer is not None and tokenizer.text_vocab_size > config.vocab_size:
+            raise UserError(f"{source}: the tokenizer makes ids up to {tokenizer.text_vocab_size - 1}, the model knows "
+                            f"{config.vocab_size}")
         matched = match(folder, config, families.by_name(config.family), kept)
         chunks = _chunks(matched.leaves, mesh or MeshConfig())
         with appearing(target) as temporary:
             _keep_files(source, folder, matched, temporary)
             _write_params(folder, config, matched, chunks, temporary / runs.CHECKPOINTS, progress)
-            named = storage.read_object(source / CONFIG)["architectures"]
-            facts = {"imported": {"from": str(source), "architecture": named, "dtype": dtype or "as stored"},
-                     "parameters": config.num_params(), "metrics": {}}
+            imported = {"from": str(source), "architecture": fields["architectures"], "dtype": dtype or "as stored"}
+            facts = {"imported": imported, "parameters": config.num_params(), "metrics": {}}
             runs.create(epath.Path(temporary), config, None, "# Imported: there is no configuration to replay.\n",
                         facts)
     return config

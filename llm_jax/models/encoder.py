@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
 from llm_jax.kernels.attention import DenseContext
+from llm_jax.models.blocks import Block, add_layers, through_layers
 from llm_jax.models.config import Execution, ModelConfig
-from llm_jax.models.decoder import RESIDUAL, Block, Embedding, positions_along, rematerialised, scanned
+from llm_jax.models.embedding import Embedding, output_weight, positions_along
 from llm_jax.models.heads import TaskHead, dense, first_token, mean_token
-from llm_jax.models.layers import activation, fan_in_normal, linear, make_norm, weight
-from llm_jax.models.layout import groups, layer_kinds
+from llm_jax.models.layers import activation, make_norm, weight
 from llm_jax.models.relative_positions import RelativePositions
 from llm_jax.models.rope import rotations
 
 Array = jax.Array
-
-
-def add_layers(module: nn.Module, block: type[nn.Module], config: ModelConfig, execution: Execution,
-               num_shared: int) -> None:
-    """Gives `module`, in its `setup`, a stack of blocks; `num_shared` arguments are the same for all of them."""
-    block = rematerialised(block, execution)
-    if execution.scan_layers:
-        for group in groups(config):
-            setattr(module, group.name, scanned(block, config, execution, group.pattern, group.repeats, num_shared))
-    else:
-        module.layers = [block(config, execution, kind) for kind in layer_kinds(config)]
-
-
-def through_layers(module: nn.Module, config: ModelConfig, execution: Execution, x_BTD: Array, *shared: Any) -> Array:
-    """The output of the stack that `add_layers` made."""
-    x_BTD = nn.with_logical_constraint(x_BTD, RESIDUAL)
-    blocks = [getattr(module, group.name) for group in groups(config)] if execution.scan_layers else module.layers
-    for block in blocks:
-        x_BTD, _ = block(x_BTD, None, *shared)
-    return x_BTD
 
 
 class Pooler(nn.Module):
@@ -91,9 +69,7 @@ class Encoder(nn.Module):
         if "masked_lm" in c.encoder_heads:
             self.masked_lm = MaskedLmTransform(c)
             self.output_bias = weight(self, "output_bias", nn.initializers.zeros_init(), (c.vocab_size,), ("vocab",))
-            if not c.tie_embeddings:
-                self.unembed = weight(self, "unembed", fan_in_normal(c.embed_dim), (c.embed_dim, c.vocab_size),
-                                      ("embed", "vocab"))
+            self.unembed = output_weight(self, c)
         if c.head is not None:
             self.head = TaskHead(c.head, bias=True)
 
@@ -105,18 +81,12 @@ class Encoder(nn.Module):
         x_BTD = self.embed(tokens_BT, positions_BT, jnp.dtype(e.dtype), token_types_BT)
         turns, context = rotations(c, positions_BT, e.rope_context), DenseContext(segment_ids_BT, causal=False)
         bias_HTT = self.relative_positions(x_BTD.shape[1]) if c.positions == "relative" else None
-        x_BTD = through_layers(self, c, e, x_BTD, turns, context, bias_HTT)
+        x_BTD, _ = through_layers(self, c, e, x_BTD, turns, context, bias_HTT)
         return x_BTD if c.norm_placement == "post" else self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Array) -> Array:
         """Masked-LM logits, float32 [B, T, V], of `hidden`'s output."""
-        x_BTD = self.masked_lm(x_BTD)
-        if self.config.tie_embeddings:
-            logits_BTV = self.embed.logits(x_BTD)
-        else:
-            logits_BTV = linear(x_BTD, self.unembed, out_dtype=jnp.float32)
-        logits_BTV = logits_BTV + self.output_bias.astype(jnp.float32)
-        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "activation_vocab"))
+        return self.embed.logits(self.masked_lm(x_BTD), self.unembed, self.output_bias)
 
     def __call__(self, tokens_BT: Array, segment_ids_BT: Array | None = None, token_types_BT: Array | None = None,
                  positions_BT: Array | None = None) -> dict[str, Array] | Array:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from llm_jax.errors import UserError
 from llm_jax.kernels.attention import DenseContext
 from llm_jax.models.attention import Attention
+from llm_jax.models.blocks import Block, add_layers, residual, through_layers
 from llm_jax.models.config import Execution, ModelConfig
-from llm_jax.models.decoder import Block, Embedding, positions_along, residual
-from llm_jax.models.encoder import add_layers, through_layers
-from llm_jax.models.layers import Mlp, fan_in_normal, linear, make_norm, weight
+from llm_jax.models.embedding import Embedding, output_weight, positions_along
+from llm_jax.models.layers import Mlp, make_norm
 from llm_jax.models.layout import LayerKind, encoder_part
 from llm_jax.models.relative_positions import RelativePositions
 from llm_jax.models.rope import Rotations, rotations
@@ -67,7 +67,7 @@ class EncoderStack(nn.Module):
         bias_HSS = self.relative_positions(x_BSD.shape[1]) if c.positions == "relative" else None
         turns = rotations(c, positions_BS, e.rope_context)
         context = DenseContext(segment_ids_BS, causal=False)
-        return self.final_norm(through_layers(self, c, e, x_BSD, turns, context, bias_HSS))
+        return self.final_norm(through_layers(self, c, e, x_BSD, turns, context, bias_HSS)[0])
 
 
 class EncoderDecoder(nn.Module):
@@ -87,9 +87,7 @@ class EncoderDecoder(nn.Module):
         self.final_norm = make_norm(c)
         if c.positions == "relative":
             self.relative_positions = RelativePositions(c, causal=True)
-        if not c.tie_embeddings:
-            self.unembed = weight(self, "unembed", fan_in_normal(c.embed_dim), (c.embed_dim, c.vocab_size),
-                                  ("embed", "vocab"))
+        self.unembed = output_weight(self, c)
 
     def encode(self, tokens_BS: Array, segment_ids_BS: Array | None = None) -> Array:
         """The encoder's normalised output, [B, S, D] in the execution dtype; arguments as of `__call__`."""
@@ -107,20 +105,13 @@ class EncoderDecoder(nn.Module):
         across = DenseContext(decoder_segment_ids_BT if packed else None, segment_ids_BS, causal=False)
         bias_HTT = self.relative_positions(x_BTD.shape[1]) if c.positions == "relative" else None
         turns = rotations(c, positions_BT, e.rope_context)
-        x_BTD = through_layers(self, c, e, x_BTD, turns, DenseContext(decoder_segment_ids_BT), bias_HTT, source_BSD,
-                               across)
+        x_BTD, _ = through_layers(self, c, e, x_BTD, turns, DenseContext(decoder_segment_ids_BT), bias_HTT, source_BSD,
+                                  across)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Array) -> Array:
         """float32 logits [B, T, V] of `decode`'s output."""
-        c = self.config
-        if c.logit_scale is not None:
-            x_BTD = x_BTD * c.logit_scale
-        if c.tie_embeddings:
-            logits_BTV = self.embed.logits(x_BTD)
-        else:
-            logits_BTV = linear(x_BTD, self.unembed, out_dtype=jnp.float32)
-        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "activation_vocab"))
+        return self.embed.logits(x_BTD, self.unembed)
 
     def __call__(self, tokens_BS: Array, decoder_tokens_BT: Array, segment_ids_BS: Array | None = None,
                  decoder_segment_ids_BT: Array | None = None) -> Array:

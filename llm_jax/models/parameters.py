@@ -67,9 +67,8 @@ def logical_axes(model: Model) -> Params:
 @functools.lru_cache(maxsize=32)
 def _traced(model: Model) -> tuple[Params, Params]:
     """Shapes and axes; kept, as tracing a model of many kinds of layers takes seconds. Callers copy the trees."""
-    key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda key: _boxed(model, key), key)
-    return jax.eval_shape(lambda key: init_params(model, key), key), nn.get_partition_spec(boxed)
+    boxed = jax.eval_shape(lambda key: _boxed(model, key), jax.random.key(0))
+    return jax.eval_shape(nn.meta.unbox, boxed), nn.get_partition_spec(boxed)
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def test_a_capacity_that_holds_all_equals_dropless_and_a_small_one_counts_what_i
 
 def paged(positions) -> PagedContext:
     return PagedContext(jnp.asarray(positions, jnp.int32), jnp.zeros(len(positions), jnp.int32),
-                        num_decode=len(positions), chunk=1)
+                        decode_rows=len(positions), chunk=1)
 
 
 def test_a_serving_step_never_drops_and_its_tokens_do_not_change_one_another(x_BTD):
