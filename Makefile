@@ -19,10 +19,13 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 PARITY_VENV ?= .venv-parity
 SEED ?=
 
+# What benchmark-serve replays: a CSV of TIMESTAMP, ContextTokens, GeneratedTokens; a synthetic trace if it is empty.
+TRACE =
+
 py := $(VENV)/bin/python
 flag = $(if $($(1)),'--$(2)=$($(1))')
 
-.PHONY: help quickstart test test-parity golden lint typecheck venv venv-dev venv-parity clean
+.PHONY: help quickstart test test-parity test-tpu benchmark-serve golden lint typecheck venv venv-dev venv-parity clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,6 +44,13 @@ test: lint typecheck ## lint, type check and the whole test suite
 
 test-parity: venv-parity ## against live transformers on shapes drawn afresh; writes docs/families.md. SEED=n repeats a run
 	@HF_HUB_OFFLINE=1 PARITY_SEED=$(SEED) $(PARITY_VENV)/bin/python -m pytest -n auto tests/parity
+
+benchmark-serve: venv-parity ## the engine against transformers on an arrival trace; JSON at the end. TRACE=file.csv, ARGS=...
+	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PARITY_VENV)/bin/python -m benchmarks.serve_trace $(call flag,TRACE,trace) $(ARGS)
+
+test-tpu: venv-dev ## kernels compiled for TPUs that are not there (x86-64 Linux)
+	@[ -d .venv-tpu/libtpu ] || $(py) -m pip install -q --no-deps --target .venv-tpu -r requirements-tpu.txt
+	@PYTHONPATH=.venv-tpu $(py) -m pytest tests/tpu
 
 golden: venv-parity ## make the files of tests/golden anew
 	@HF_HUB_OFFLINE=1 $(PARITY_VENV)/bin/python -m tests.golden.make
@@ -61,5 +71,5 @@ venv-parity: ## both, torch and transformers, in $(PARITY_VENV)
 	@VENV=$(PARITY_VENV) sh tools/venv.sh parity
 
 clean: ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-parity .venv-tpu .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
-"""Attention on this machine's own device against float64 NumPy: dense and paged, float32 and bfloat16, with a window,
-a soft cap and a latent cache.
+"""Attention on this machine's own device against float64 NumPy: dense, paged in plain XLA, and paged by the Triton
+kernel (interpreted where there is no GPU); float32 and bfloat16, with a window, a soft cap and a latent cache.
 
     python -m benchmarks.attention_check
 
@@ -16,14 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.kernels import paged_triton
 from llm_jax.kernels.attention import DenseContext, attention
-from llm_jax.kernels.paged import PagedContext, WorkList, make_pool
+from llm_jax.kernels.paged import PagedContext, WorkList, make_pool, put_pages
+from llm_jax.kernels.quantized_cache import to_bits, worst_like
 
 ALLOWED = {"float32": 5e-3, "bfloat16": 2e-2}  # relative, whole tensor; float32 products may be tf32 on a GPU
 T, H, PAGE = 256, 8, 16
+CHUNK = 72  # tokens of the prefilling row; more queries than one program of the kernel takes
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (heads, width of keys, of values), options
     "plain": ((2, 64, 64), {}),
     "window": ((2, 64, 64), {"window": 100, "soft_cap": 5.0}),
+    "80 wide": ((4, 80, 80), {}),
     "latent": ((1, 80, 0), {"value_dim": 64}),
 }
 
@@ -40,14 +44,22 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window:
     return np.einsum("hts,shv->thv", p / p.sum(-1, keepdims=True), v)
 
 
-def paged(q: jax.Array, k: jax.Array, v: jax.Array | None, widths: tuple[int, int, int], options: dict[str, Any],
-          dtype: str) -> np.ndarray:
-    """The last position, read from scattered pages; pages of nobody hold NaN."""
+def scattered(k: jax.Array, v: jax.Array | None, widths: tuple[int, int, int], dtype: str,
+              backend: str) -> tuple[np.ndarray, np.ndarray, tuple[jax.Array, ...]]:
+    """Pages of a sequence's T tokens, the slot of each token, and pools that hold them; pages of nobody hold NaN."""
     pages = np.random.default_rng(1).permutation(2 * T // PAGE)[:T // PAGE].astype(np.int32)
     slots = (pages[np.arange(T) // PAGE] * PAGE + np.arange(T) % PAGE).astype(np.int32)
-    entries = (k,) if v is None else (k, v)
-    pools = tuple(jnp.full_like(pool, jnp.nan).at[:, slots // PAGE, slots % PAGE].set(jnp.swapaxes(new, 0, 1))
-                  for pool, new in zip(make_pool(2 * T // PAGE, PAGE, widths, dtype), entries, strict=True))
+    pools = tuple(worst_like(pool) for pool in make_pool(2 * T // PAGE, PAGE, widths, dtype, backend))
+    contents = tuple(jnp.swapaxes(new.reshape(T // PAGE, PAGE, *new.shape[1:]), 1, 2)
+                     for new in ((k,) if v is None else (k, v)))
+    contents = contents if backend == "triton" else tuple(map(to_bits, contents))  # as `make_pool` says
+    return pages, slots, put_pages(pools, pages, contents, backend)
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array | None, widths: tuple[int, int, int], options: dict[str, Any],
+        dtype: str) -> np.ndarray:
+    """The last position, by work lists."""
+    pages, slots, pools = scattered(k, v, widths, dtype, "xla")
     first = max(0, T - options.get("window", T)) // PAGE
     read = np.arange(first, T // PAGE, dtype=np.int32)
     work = WorkList(np.zeros_like(read), pages[first:], read * PAGE, np.int32(len(read)))
@@ -55,6 +67,19 @@ def paged(q: jax.Array, k: jax.Array, v: jax.Array | None, widths: tuple[int, in
     context = PagedContext(np.array([T - 1], np.int32), slots[-1:], 1, 8, **lists)
     out, _ = jax.jit(functools.partial(attention, **options))(
         q[None, -1:], k[None, -1:], None if v is None else v[None, -1:], context, pools)
+    return np.asarray(out[0], np.float64)
+
+
+def triton(q: jax.Array, k: jax.Array, v: jax.Array, widths: tuple[int, int, int], options: dict[str, Any],
+           dtype: str) -> np.ndarray:
+    """The last position of a decoding row, then the last CHUNK of a prefilling row, of one and the same sequence."""
+    pages, slots, pools = scattered(k, v, widths, dtype, "triton")
+    at = np.concatenate([[T - 1], np.arange(T - CHUNK, T)]).astype(np.int32)
+    context = PagedContext(at, slots[at], 1, CHUNK, table_RP=np.stack([pages, pages]),
+                           length_R=np.full(2, T, np.int32), backend="triton")
+    interpret = jax.default_backend() != "gpu"
+    out, _ = jax.jit(functools.partial(paged_triton.attend, interpret=interpret, **options))(
+        q[None, at], k[None, at], v[None, at], context, pools)
     return np.asarray(out[0], np.float64)
 
 
@@ -74,8 +99,12 @@ def main() -> int:
             v = v if value_width else None
             dense = jax.jit(functools.partial(attention, **options))
             out = np.asarray(dense(q[None], k[None], None if v is None else v[None], DenseContext())[0][0], np.float64)
-            last = paged(q, k, v, (heads, key_width, value_width), options, dtype)
-            for path, got, want in (("dense", out, expected), ("paged", last, expected[-1:])):
+            widths = heads, key_width, value_width
+            results = {"dense": (out, expected), "xla": (xla(q, k, v, widths, options, dtype), expected[-1:])}
+            if v is not None and paged_triton.supports(widths, H, dtype) is None:
+                results["triton"] = (triton(q, k, v, widths, options, dtype),
+                                     np.concatenate([expected[-1:], expected[-CHUNK:]]))
+            for path, (got, want) in results.items():
                 error = np.linalg.norm(got - want) / np.linalg.norm(want)
                 right &= bool(error <= allowed)
                 print(f"{case:>8} {path:>6} {dtype:>9} {error:15.2e}{'' if error <= allowed else f'  over {allowed}'}")

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from llm_jax import compile_cache, models
-from llm_jax.inference.engine import Engine, EngineConfig
-from llm_jax.inference.pages import PagePool
-from llm_jax.inference.scheduler import Scheduler, Sequence
+from llm_jax.inference.engine import Engine
+from llm_jax.inference.engine_config import EngineConfig
+from llm_jax.inference.scheduler import Sequence
 from llm_jax.models import Decoder, Execution, ModelConfig
 
 MODELS = {
@@ -35,9 +35,7 @@ MODELS = {
 
 def decode(engine: Engine, rows: int, context: int, steps: int) -> tuple[float, float, float]:
     """(prompt tokens/s, decoded tokens/s, CPU seconds per second) of `rows` sequences of about `context` tokens."""
-    g, o = engine.geometry, engine.options
-    scheduler = Scheduler(PagePool(g.num_pages, g.page_size), max_rows=o.max_rows, prefill_rows=o.prefill_rows,
-                          chunk=o.chunk, max_context=engine.max_context, max_queue=rows)
+    scheduler = engine.make_scheduler(max_queue=rows)
     rng = np.random.default_rng(0)
     for i in range(rows):
         prompt = rng.integers(0, engine.config.vocab_size, context - steps).tolist()
@@ -46,14 +44,13 @@ def decode(engine: Engine, rows: int, context: int, steps: int) -> tuple[float, 
     cpu, began = time.process_time(), time.perf_counter()
     while plan := scheduler.schedule():
         at = time.perf_counter()
-        drawn = engine.execute(engine.prepare(plan, {}))
+        step = engine.prepare(plan, {})
+        scheduler.dispatched(plan)
+        drawn = engine.execute(step).drawn
         bucket = times[bool(plan.prefill)]
         bucket[0] += time.perf_counter() - at
         bucket[1] += sum(c.count for c in plan)
-        scheduler.commit(plan, {i: token for i, (token, _) in drawn.items()})
-        for s in list(scheduler.running):
-            if s.num_generated >= steps:
-                scheduler.remove(s)
+        scheduler.resolve(plan, {i: list(d.tokens) for i, d in drawn.items()})
     share = (time.process_time() - cpu) / (time.perf_counter() - began)
     return times[True][1] / times[True][0], times[False][1] / times[False][0], share
 

@@ -15,12 +15,11 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from etils import epath
 
@@ -29,15 +28,15 @@ from llm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from llm_jax.data.tokenizer import Tokenizer
-    from llm_jax.inference.engine import Engine, EngineConfig
+    from llm_jax.inference.engine import Engine
+    from llm_jax.inference.engine_config import EngineConfig
     from llm_jax.inference.generation_config import SamplingDefaults
+    from llm_jax.inference.offline import Offline
     from llm_jax.models import ModelConfig
 
 MODEL, CONFIG, MANIFEST, CHECKPOINTS, LOGS = "model.json", "config.gin", "manifest.json", "checkpoints", "logs"
 ORIGIN = "huggingface"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
-
-log = logging.getLogger(__name__)
 
 
 class Run:
@@ -112,75 +111,124 @@ class Run:
 
         return generation_config.read(self.directory)
 
-    def engine(self, options: EngineConfig, *, available_bytes: int | None = None) -> tuple[Engine, Tokenizer]:
+    def engine(self, options: EngineConfig, draft_run_dir: epath.PathLike | None = None, *,
+               available_bytes: int | None = None) -> tuple[Engine, Tokenizer]:
         """The serving engine over these weights, not yet compiled, and the tokenizer.
 
         Args:
           options: the engine's layout.
+          draft_run_dir: run directory of a smaller model that proposes up to `options.max_proposed` tokens.
           available_bytes: memory for weights and pages; default what is free.
         Raises:
-          UserError: the model generates no text, weights or pages do not fit (both said before the weights are read),
-            or the directory is damaged.
+          UserError: a model generates no text, weights or pages do not fit, the draft has another tokenizer (all said
+            before the weights are read), or a directory is damaged.
         """
         # Imported here, as the library's leaves import no room above them; a run that is only read needs no engine.
+        from llm_jax.inference import memory
+        from llm_jax.inference.engine import Engine
+        from llm_jax.inference.engine_config import default_dtype
+
+        draft = None if draft_run_dir is None else load(draft_run_dir)
+        dtype = options.dtype or default_dtype()
+        available = memory.free_bytes() if available_bytes is None else available_bytes
+        left = self._check_serves(dtype, available)
+        if draft is not None:
+            if not options.max_proposed:
+                raise UserError("a draft model proposes nothing with max_proposed=0; set it to 3 or so")
+            left = draft._check_serves(dtype, left, "the draft model ")
+            _check_same_tokens(self, draft)
+        return Engine(self.config, self._serving_params(dtype), options, available_bytes=left, free_params=True,
+                      draft=None if draft is None else (draft.config, draft._serving_params(dtype))), self.tokenizer
+
+    def _check_serves(self, dtype: str, available: int, whose: str = "") -> int:
+        """The bytes that the weights leave of `available`; UserError if they don't fit, or can't be served."""
         import jax.numpy as jnp
 
         from llm_jax.inference import memory
-        from llm_jax.inference.engine import Engine, check_generates, default_dtype, leaf_dtype
+        from llm_jax.inference.engine import check_generates
 
-        check_generates(self.config)
-        tokenizer = self.tokenizer
-        # Special tokens past the model's rows may be there (for images, say): no text gives them.
-        if tokenizer.text_vocab_size > self.config.vocab_size:
-            raise UserError(f"{self.directory}: the tokenizer has {tokenizer.text_vocab_size} tokens, the model only "
-                            f"{self.config.vocab_size}; they are not of one run")
-        dtype = options.dtype or default_dtype()
-        itemsize = jnp.dtype(dtype).itemsize
-        available = memory.free_bytes() if available_bytes is None else available_bytes
-        memory.check_weights_fit(self.config, itemsize, available)
-        left = available - self.config.num_params() * itemsize
-        params = self.load_params(lambda path: leaf_dtype(path, dtype))
-        return Engine(self.config, params, options, available_bytes=left, free_params=True), tokenizer
+        try:
+            check_generates(self.config)
+            # Special tokens past the model's rows may be there (for images, say): no text gives them.
+            if self.tokenizer.text_vocab_size > self.config.vocab_size:
+                raise UserError(f"{self.directory}: the tokenizer has {self.tokenizer.text_vocab_size} tokens, the "
+                                f"model only {self.config.vocab_size}; they are not of one run")
+            itemsize = jnp.dtype(dtype).itemsize
+            memory.check_weights_fit(self.config, itemsize, available)
+        except UserError as error:
+            raise UserError(f"{whose}{self.directory}: {error}") from error if whose else error
+        return available - self.config.num_params() * itemsize
 
+    def _serving_params(self, dtype: str) -> Any:
+        from llm_jax.inference.engine import leaf_dtype
+
+        return self.load_params(lambda path: leaf_dtype(path, dtype))
+
+    @overload
     def generate(self, prompt: str, max_tokens: int | None = None, temperature: float | None = None,
-                 **sampling: Any) -> str:
-        """Continues `prompt`; the text alone, without the prompt.
+                 **sampling: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], max_tokens: int | None = None, temperature: float | None = None,
+                 **sampling: Any) -> list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], max_tokens: int | None = None, temperature: float | None = None,
+                 **sampling: Any) -> str | list[str]:
+        """Continues `prompt`, or each of several together; the text alone, without the prompt.
 
         What is None is as the model's `generation_config.json` says, if it has one.
 
         Args:
-          prompt: any text; BOS is put in front of its tokens if the model expects it.
+          prompt: any text; BOS is put in front of its tokens if the model expects it. For a list, a list is returned.
           max_tokens: most tokens to generate; else 128.
           temperature: 0 for the most likely token each time; else 0.
-          **sampling: other fields of `inference.request.SamplingParams`.
+          **sampling: other fields of `inference.request.SamplingParams`, and what `complete` has.
+        Raises:
+          UserError: a completion could not be finished; `complete` tells which instead.
         """
-        return self.complete(prompt, max_tokens=max_tokens, temperature=temperature, **sampling).text
+        def text(found: Any) -> Any:
+            if isinstance(found, list):
+                return [text(one) for one in found]
+            if found.finish_reason == "error":
+                raise UserError(found.error)
+            return found.text
 
-    def complete(self, prompt: str, **sampling: Any) -> Any:
-        """As `generate`, with tokens, log-probabilities and counts: an `inference.generation.Completion`."""
-        from llm_jax.inference.generation import complete
+        return text(self.complete(prompt, max_tokens=max_tokens, temperature=temperature, **sampling))
 
-        params = self.sampling_defaults.params(**sampling)  # first: it may be refused, and the engine takes seconds
-        return complete(self._service, [self._service.encode(prompt)], [params])[0]
+    def complete(self, prompt: str | Sequence[str], *, n: int | None = None, best_of: int | None = None,
+                 **sampling: Any) -> Any:
+        """As `generate`, with tokens, log-probabilities and counts: an `inference.generation.Completion`, or a list.
+
+        Args:
+          prompt: text, or several.
+          n: completions of each prompt, drawn apart; if it is given, each prompt's are a list.
+          best_of: draw so many of each, and return the n (else 1) of the highest mean log-probability, the best first.
+          **sampling: as of `generate`.
+        """
+        found = self._offline.complete([prompt] if isinstance(prompt, str) else list(prompt), n, best_of, **sampling)
+        shaped = found if n is not None else [each[0] for each in found]
+        return shaped[0] if isinstance(prompt, str) else shaped
+
+    def embed(self, text: str | Sequence[str], pooling: str = "mean") -> Any:
+        """The embedding of a text, float32 [D], or of several, [n, D]: the model's normalised hidden states, pooled.
+
+        Args:
+          text: one text, or several.
+          pooling: "mean" over all tokens, or "last".
+        """
+        found = self._offline.embed([text] if isinstance(text, str) else list(text), pooling)
+        return found[0] if isinstance(text, str) else found
 
     @functools.cached_property
-    def _service(self) -> Any:
-        from llm_jax import compile_cache
-        from llm_jax.inference.generation import ALONE
-        from llm_jax.inference.service import Service
+    def _offline(self) -> Offline:
+        from llm_jax.inference.offline import Offline
 
-        compile_cache.enable_compile_cache()
-        engine, tokenizer = self.engine(ALONE)
-        engine.compile()
-        for note in self.sampling_defaults.notes:
-            log.warning("%s: %s", self.directory, note)
-        return Service(engine, tokenizer, defaults=self.sampling_defaults)
+        return Offline(self)
 
     def close(self) -> None:
         """Ends the engine that `generate` started and lets go of its weights; a later `generate` makes another."""
-        service = self.__dict__.pop("_service", None)
-        if service is not None:
-            service.close()
+        if "_offline" in vars(self):
+            self._offline.close()
 
     def __enter__(self) -> Run:
         return self
@@ -209,6 +257,16 @@ def load(run_dir: epath.PathLike) -> Run:
         return Run(directory, ModelConfig.from_dict(fields))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _check_same_tokens(run: Run, draft: Run) -> None:
+    """UserError unless the ids of both tokenizers mean the same text, whatever else their files say."""
+    def content(tokenizer: Tokenizer) -> tuple[Any, ...]:
+        return [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], tokenizer.special_ids
+
+    if run.tokenizer.fingerprint != draft.tokenizer.fingerprint and content(run.tokenizer) != content(draft.tokenizer):
+        raise UserError(f"the draft model {draft.directory} has another tokenizer than {run.directory}; what it "
+                        "proposes would be other text")
 
 
 def create(run_dir: epath.PathLike, config: ModelConfig, tokenizer_path: epath.PathLike | None, config_gin: str,

@@ -17,7 +17,7 @@ from llm_jax import models, runs
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.data.tokenizer_training import train_tokenizer
 from llm_jax.errors import UserError
-from llm_jax.inference.engine import EngineConfig
+from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.models import Decoder, ModelConfig
 
 ROOT = pathlib.Path(runs.__file__).parents[1]

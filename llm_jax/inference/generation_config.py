@@ -27,12 +27,15 @@ _HARMLESS = frozenset({
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"})
 # Values under which a field that is not supported does nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "repetition_penalty": (1,),
-    "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-    "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "min_p": (0,), "top_h": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "guidance_scale": (1,), "penalty_alpha": (0,), "remove_invalid_values": (False,),
-    "token_healing": (False,)}
-_SAMPLING_ONLY = frozenset({"typical_p", "epsilon_cutoff", "eta_cutoff", "min_p", "top_h"})
+    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,), "top_h": (1,), "min_length": (0,), "guidance_scale": (1,), "penalty_alpha": (0,),
+    "remove_invalid_values": (False,), "token_healing": (False,)}
+_SAMPLING_ONLY = frozenset({"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"})
+# Fields of the file, and what `SamplingParams` calls them.
+_OBEYED = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+           "repetition_penalty": "repetition_penalty", "min_new_tokens": "min_tokens", "max_new_tokens": "max_tokens"}
+_FILLED = ("temperature", "top_k", "top_p", "stop", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +43,10 @@ class SamplingDefaults:
     """What holds where a request says nothing.
 
     Attributes:
-      temperature, top_k, top_p, stop: as in `SamplingParams`.
+      temperature, top_k, top_p, stop, min_p, repetition_penalty: as in `SamplingParams`.
       max_tokens: most tokens to generate, for callers that have no limit of their own; None if the file has none.
       notes: what the file asks for and is not done, a line each.
+      min_tokens: as in `SamplingParams`, or what is asked for if that is less.
     """
 
     temperature: float = 0.0
@@ -51,6 +55,9 @@ class SamplingDefaults:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     notes: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
 
     def params(self, max_tokens: int | None = None, **fields: Any) -> SamplingParams:
         """Sampling parameters of a request; what is None is filled in.
@@ -65,7 +72,10 @@ class SamplingDefaults:
         limit = max_tokens if max_tokens is not None else self.max_tokens
         if limit is not None:
             given["max_tokens"] = limit
-        filled = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "stop")}
+        filled = {name: getattr(self, name) for name in _FILLED}
+        if self.min_tokens:
+            most = SamplingParams.max_tokens if limit is None else limit
+            filled["min_tokens"] = min(self.min_tokens, most) if isinstance(most, int) else 0
         return SamplingParams(**filled | given)
 
 
@@ -128,25 +138,26 @@ def _defaults(fields: dict[str, Any]) -> SamplingDefaults:
     draws = fields.get("do_sample")
     if draws not in (None, True, False):
         raise UserError(f"do_sample must be true or false, not {draws!r:.80}")
-    given = {name: fields[name] for name in ("temperature", "top_k", "top_p") if fields.get(name) is not None}
+    given = {ours: fields[name] for name, ours in _OBEYED.items() if fields.get(name) is not None}
     stop = fields.get("stop_strings")
     if stop is not None:
         if not isinstance(stop, (str, list)):
             raise UserError(f"stop_strings must be strings, not {stop!r:.80}")
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if fields.get("max_new_tokens") is not None:
-        given["max_tokens"] = fields["max_new_tokens"]
     if not draws:
         given["temperature"] = 0.0
     else:
         given = {"temperature": 1.0, "top_k": _TOP_K} | given
-    checked = SamplingParams(**given)  # raises for values out of range
-    return SamplingDefaults(checked.temperature, checked.top_k, checked.top_p, checked.stop, given.get("max_tokens"),
-                            tuple(_notes(fields, bool(draws))))
+    least = given.get("min_tokens")
+    # Without a limit of its own the file's least is no more than what the caller's leaves.
+    room = {"max_tokens": least} if "max_tokens" not in given and isinstance(least, int) and least > 0 else {}
+    checked = SamplingParams(**given | room)  # raises for values out of range
+    return SamplingDefaults(**{name: getattr(checked, name) for name in _FILLED}, min_tokens=checked.min_tokens,
+                            max_tokens=given.get("max_tokens"), notes=tuple(_notes(fields, bool(draws))))
 
 
 def _notes(fields: dict[str, Any], draws: bool) -> list[str]:
-    understood = {"do_sample", "temperature", "top_k", "top_p", "stop_strings", "max_new_tokens"}
+    understood = {"do_sample", "stop_strings", *_OBEYED}
     notes = []
     for name, value in fields.items():
         if name in understood | _HARMLESS or value in (None, [], {}) or (name in _SAMPLING_ONLY and not draws):

@@ -9,6 +9,7 @@ import jax
 import psutil
 
 from llm_jax.errors import UserError
+from llm_jax.kernels.backends import make_pool
 from llm_jax.models import ModelConfig
 
 # Of what is free: the rest is for activations, the runtime's own buffers and, on a CPU, for everybody else.
@@ -37,10 +38,11 @@ def _container_bytes(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> i
     return max(int(limit) - used, 0) if limit.isdigit() else sys.maxsize
 
 
-def page_bytes(config: ModelConfig, page_size: int, itemsize: int) -> int:
-    """Bytes of one page: what every layer keeps of `page_size` tokens."""
-    heads, key_width, value_width = config.cache_widths()
-    return config.num_layers * heads * (key_width + value_width) * page_size * itemsize
+def page_bytes(config: ModelConfig, page_size: int, dtype: str, backend: str = "xla") -> int:
+    """Bytes of one page: what every layer keeps of `page_size` tokens, scales and padding included."""
+    pools = jax.eval_shape(lambda: make_pool(1, page_size, config.cache_widths(), dtype, backend))
+    one = sum(pool.size * pool.dtype.itemsize for pool in pools) // 2  # beside it is the spare one
+    return config.num_layers * one
 
 
 def check_weights_fit(config: ModelConfig, itemsize: int, available: int) -> None:
@@ -51,24 +53,27 @@ def check_weights_fit(config: ModelConfig, itemsize: int, available: int) -> Non
                         f"{_gib(available)} are free for it")
 
 
-def plan_pages(config: ModelConfig, *, page_size: int, itemsize: int, max_context: int, max_rows: int,
-               available: int, requested: int | None = None) -> int:
+def plan_pages(config: ModelConfig, *, page_size: int, dtype: str, max_context: int, max_rows: int, available: int,
+               requested: int | None = None, backend: str = "xla", devices: int = 1, beside: int = 0) -> int:
     """Pages to allocate.
 
     Args:
       config: the model.
       page_size: tokens of a page.
-      itemsize: bytes of one key or value entry.
+      dtype: of the cache.
       max_context: longest context served, tokens; a pool always holds one such sequence.
       max_rows: rows of a step; more pages than all of them at full length need are never allocated.
       available: bytes for pages.
       requested: the user's number, if there is one.
+      backend: see `PagedContext.backend`.
+      devices: how many share each page; `available` is of one of them.
+      beside: bytes that a draft model's cache takes for each page.
     Returns:
       the number of pages.
     Raises:
       UserError: one sequence of `max_context` tokens does not fit, or `requested` does not.
     """
-    size = page_bytes(config, page_size, itemsize)
+    size = -(-page_bytes(config, page_size, dtype, backend) // devices) + beside
     least = -(-max_context // page_size)
     fit = available // size
     if requested is not None and requested < least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from llm_jax.errors import UserError
 
@@ -194,6 +195,7 @@ class Delta:
         "error".
       usage: on the last delta.
       error: with "error", what happened.
+      embedding: of a request for one, float32 [D], with the only delta.
     """
 
     text: str = ""
@@ -204,3 +206,4 @@ class Delta:
     finish_reason: str | None = None
     usage: Usage | None = None
     error: str | None = None
+    embedding: Any = None

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels import paged_xla
+from llm_jax.kernels.backends import paged_attention
 from llm_jax.kernels.paged import PagedContext
 
 Array = jax.Array
@@ -59,8 +59,8 @@ def attention(q_BTHK: Array, k_BSGK: Array, v_BSGV: Array | None, context: Any, 
     if isinstance(context, PagedContext):
         if bias_HTS is not None:
             raise ValueError("paged attention takes no bias")
-        return paged_xla.attend(q_BTHK, k_BSGK, v_BSGV, context, cache, scale=scale, window=window, soft_cap=soft_cap,
-                                value_dim=value_dim)
+        return paged_attention(q_BTHK, k_BSGK, v_BSGV, context, cache, scale=scale, window=window, soft_cap=soft_cap,
+                               value_dim=value_dim)
     v_BSGV = k_BSGK[..., :value_dim] if v_BSGV is None else v_BSGV
     return dense_attention(q_BTHK, k_BSGK, v_BSGV, context, scale=scale, window=window, soft_cap=soft_cap,
                            bias_HTS=bias_HTS), cache

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from llm_jax import models
 from llm_jax.data.tokenizer_training import train_tokenizer
-from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.engine import Engine
+from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.generation import ALONE
 from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig
@@ -39,6 +43,25 @@ def engine(config, params):
     made = Engine(config, params, OPTIONS)
     made.compile()
     return made
+
+
+def sibling(engine, kind=Engine, **options):
+    """Another engine over the same weights and compiled programs, with pools of its own: each service needs one."""
+    made = kind(engine.config, engine.params, dataclasses.replace(engine.options, **options))
+    made._programs = engine._programs
+    return made
+
+
+@pytest.fixture
+def fresh(engine, tokenizer):
+    """Makes services of their own: (options of the service) → service; `engine_options` change the engine's."""
+    with contextlib.ExitStack() as stack:
+        def make(kind=Engine, engine_options=None, **options):
+            made = Service(sibling(engine, kind, **(engine_options or {})), tokenizer, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
 
 
 @pytest.fixture(scope="session")

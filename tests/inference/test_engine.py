@@ -12,9 +12,9 @@ import pytest
 from llm_jax.errors import UserError
 from llm_jax.inference import memory
 from llm_jax.inference.batch import StepShape, build, choose_shape
-from llm_jax.inference.engine import Engine, EngineConfig, leaf_dtype, step_shapes
-from llm_jax.inference.pages import PagePool
-from llm_jax.inference.scheduler import Scheduler, Sequence
+from llm_jax.inference.engine import Engine, leaf_dtype
+from llm_jax.inference.engine_config import EngineConfig, step_shapes
+from llm_jax.inference.scheduler import Chunk, Plan, Sequence
 from llm_jax.kernels.paged import make_pool
 from llm_jax.models import Decoder, ModelConfig, abstract_params
 from llm_jax.models.facts import Experts, LatentAttention, RopeScaling
@@ -26,8 +26,7 @@ def test_paged_logits_equal_dense_at_every_position(engine, dense_logits, config
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, config.vocab_size, n).tolist() for n in (61, 7, 30)]
     g = engine.geometry
-    scheduler = Scheduler(PagePool(g.num_pages, g.page_size), max_rows=12, prefill_rows=3, chunk=8, max_context=96,
-                          max_queue=9)
+    scheduler = engine.make_scheduler(max_queue=9)
     prompts = (20, 3, 30)
     sequences = [Sequence(i, text[:n], n, 99) for i, (text, n) in enumerate(zip(texts, prompts, strict=True))]
     for s in sequences:
@@ -43,11 +42,12 @@ def test_paged_logits_equal_dense_at_every_position(engine, dense_logits, config
     pools = jax.tree.map(lambda pool: pool + np.nan, engine.pools)  # nothing unwritten may be read
     got = [np.full((len(t), config.vocab_size), np.nan) for t in texts]
     while plan := scheduler.schedule():
-        logits_NV, pools = all_logits(engine.params, pools, build(plan, shape, g, {}))
+        logits_NV, pools = all_logits(engine.params, pools, build(plan, shape, g)[0])
         starts = [*range(len(plan.decode)), *(12 + 8 * i for i in range(len(plan.prefill)))]
         for c, at in zip(plan, starts, strict=True):
             got[c.sequence.id][c.start:c.start + c.count] = logits_NV[at:at + c.count]
-        scheduler.commit(plan, {s.id: (texts[s.id] + [0] * 2)[len(s.tokens)] for s in sequences})
+        scheduler.dispatched(plan)
+        scheduler.resolve(plan, {s.id: [(texts[s.id] + [0] * 2)[len(s.tokens) - 1]] for s in sequences})
         for s in list(scheduler.running):
             if s.computed == len(texts[s.id]):
                 scheduler.remove(s)
@@ -95,16 +95,16 @@ def test_no_step_copies_converts_or_transposes_a_weight_or_a_pool(kind):
 def test_the_smallest_shape_that_holds_a_plan_is_taken():
     shapes = step_shapes(EngineConfig(max_rows=32, prefill_rows=4))
 
-    class Plan:
-        def __init__(self, decode, prefill):
-            self.decode, self.prefill = [0] * decode, [0] * prefill
+    def plan(decode, prefill):
+        chunk = Chunk(Sequence(0, [1], 1, 1), 0, 1)
+        return Plan((chunk,) * decode, (chunk,) * prefill)
 
     for decode, prefill in [(1, 0), (2, 0), (9, 0), (32, 0), (0, 1), (30, 1), (0, 2), (28, 4)]:
-        shape = choose_shape(Plan(decode, prefill), shapes)
+        shape = choose_shape(plan(decode, prefill), shapes)
         assert shape.decode_rows >= decode and shape.prefill_rows >= prefill
-    assert choose_shape(Plan(1, 0), shapes) == StepShape(0, 1)
-    assert choose_shape(Plan(9, 0), shapes) == StepShape(0, 32)
-    assert choose_shape(Plan(3, 1), shapes) == StepShape(1, 8)
+    assert choose_shape(plan(1, 0), shapes) == StepShape(0, 1)
+    assert choose_shape(plan(9, 0), shapes) == StepShape(0, 32)
+    assert choose_shape(plan(3, 1), shapes) == StepShape(1, 8)
 
 
 def test_stacked_weights_are_freed_as_they_are_taken_apart(config, params):
@@ -157,11 +157,11 @@ class TestMemory:
     PAGE = 2 * 3 * 1 * 4 * 16 * 4  # keys and values · layers · heads · width · tokens · bytes
 
     def plan(self, available, **changes):
-        return memory.plan_pages(self.CONFIG, **{"page_size": 16, "itemsize": 4, "max_context": 64, "max_rows": 8,
+        return memory.plan_pages(self.CONFIG, **{"page_size": 16, "dtype": "float32", "max_context": 64, "max_rows": 8,
                                                  "available": available, **changes})
 
     def test_pages_by_hand(self):
-        assert memory.page_bytes(self.CONFIG, 16, 4) == self.PAGE
+        assert memory.page_bytes(self.CONFIG, 16, "float32") == self.PAGE
         assert self.plan(10 * self.PAGE + 1) == 10
         assert self.plan(1000 * self.PAGE) == 32  # eight rows of four pages
         assert self.plan(1000 * self.PAGE, requested=500) == 500
@@ -169,8 +169,8 @@ class TestMemory:
     def test_latent_attention_keeps_one_entry_a_token(self):
         latent = LatentAttention(None, kv_rank=5, nope_dim=2, rope_dim=2, value_dim=3)
         config = dataclasses.replace(self.CONFIG, num_kv_heads=2, latent=latent)
-        assert memory.page_bytes(config, 16, 4) == 3 * (5 + 2) * 16 * 4  # layers · (latent + turned) · tokens · bytes
-        assert [pool.shape for pool in make_pool(9, 16, config.cache_widths(), "float32")] == [(1, 10, 16, 7)]
+        assert memory.page_bytes(config, 16, "float32") == 3 * 7 * 16 * 4  # layers · (latent + turned) · tokens · bytes
+        assert [pool.shape for pool in make_pool(9, 16, config.cache_widths(), "float32")] == [(10, 1, 16, 7)]
 
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(UserError, match="does not fit: 4 pages"):

@@ -16,9 +16,9 @@ import pytest
 from llm_jax import hf, models
 from llm_jax.errors import UserError
 from llm_jax.inference.batch import StepShape
-from llm_jax.inference.engine import Engine, EngineConfig
-from llm_jax.inference.pages import PagePool
-from llm_jax.inference.scheduler import Scheduler, Sequence
+from llm_jax.inference.engine import Engine
+from llm_jax.inference.engine_config import EngineConfig
+from llm_jax.inference.scheduler import Sequence
 from llm_jax.interop import families
 from llm_jax.models import Decoder, Execution, ModelConfig
 from llm_jax.models.facts import Head
@@ -61,21 +61,18 @@ def prompts(name: str) -> dict[int, list[int]]:
 def generate(engine: Engine, prompts: dict[int, list[int]], new: int = NEW) -> dict[int, tuple[list, list]]:
     """Tokens and log-probabilities of the greedy continuations; whatever was not written before is NaN."""
     engine.pools = jax.tree.map(lambda pool: np.full_like(pool, np.nan), engine.pools)
-    g, o = engine.geometry, engine.options
-    scheduler = Scheduler(PagePool(g.num_pages, g.page_size), max_rows=o.max_rows, prefill_rows=o.prefill_rows,
-                          chunk=o.chunk, max_context=engine.max_context, max_queue=9)
+    scheduler = engine.make_scheduler(max_queue=9)
     found = {i: ([], []) for i in prompts}
     for i, prompt in prompts.items():
         scheduler.add(Sequence(i, list(prompt), len(prompt), new))
     while plan := scheduler.schedule():
-        drawn = engine.execute(engine.prepare(plan, {}))
-        scheduler.commit(plan, {i: token for i, (token, _) in drawn.items()})
-        for i, (token, logprob) in drawn.items():
-            found[i][0].append(token)
-            found[i][1].append(logprob)
-        for s in list(scheduler.running):
-            if s.num_generated == new:
-                scheduler.remove(s)
+        step = engine.prepare(plan, {})
+        scheduler.dispatched(plan)
+        drawn = engine.execute(step).drawn
+        scheduler.resolve(plan, {i: list(d.tokens) for i, d in drawn.items()})
+        for i, d in drawn.items():
+            found[i][0].extend(d.tokens)
+            found[i][1].extend(d.logprobs)
     return found
 
 

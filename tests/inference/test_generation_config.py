@@ -48,18 +48,33 @@ def test_lengths_and_stop_strings(tmp_path):
     assert found.params(max_tokens=9, stop=()) == SamplingParams(max_tokens=9)
 
 
+def test_penalty_min_p_and_least_length(tmp_path):
+    """The penalty and the least length count for greedy requests too."""
+    found = read(tmp_path, {"repetition_penalty": 1.05, "min_p": 0.1, "min_new_tokens": 200, "do_sample": False})
+    assert not found.notes
+    assert found.params(max_tokens=300) == SamplingParams(
+        max_tokens=300, repetition_penalty=1.05, min_p=0.1, min_tokens=200)
+    assert found.params(max_tokens=20).min_tokens == 20 and found.params().min_tokens == 128
+    assert found.params(min_tokens=0, repetition_penalty=1.0, min_p=0.0) == SamplingParams()
+    assert read(tmp_path, {"min_new_tokens": 3, "max_new_tokens": 5}).params() == SamplingParams(
+        max_tokens=5, min_tokens=3)
+
+
 def test_what_would_change_the_tokens_is_said_once_each_and_what_would_not_is_not(tmp_path):
-    found = read(tmp_path, {"repetition_penalty": 1.05, "num_beams": 4, "min_p": 0.1, "new": 3, "do_sample": True})
+    found = read(tmp_path, {"no_repeat_ngram_size": 3, "num_beams": 4, "min_length": 9, "typical_p": 0.5, "new": 3,
+                            "encoder_repetition_penalty": 1.5, "do_sample": True})
     assert [note.split("asks for ")[1].split("=")[0] for note in found.notes] == [
-        "repetition_penalty", "num_beams", "min_p", "new"]
-    quiet = {"repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.1, "length_penalty": 2.0, "pad_token_id": 0,
-             "suppress_tokens": None, "bad_words_ids": []}
+        "no_repeat_ngram_size", "num_beams", "min_length", "typical_p", "new", "encoder_repetition_penalty"]
+    quiet = {"repetition_penalty": 1.0, "num_beams": 1, "typical_p": 0.5, "length_penalty": 2.0, "pad_token_id": 0,
+             "suppress_tokens": None, "bad_words_ids": [], "min_length": 0}
     assert not read(tmp_path, quiet).notes
 
 
 @pytest.mark.parametrize("fields, says", [
     ([], "JSON object"), ({"do_sample": "yes"}, "do_sample"),
     ({"do_sample": True, "temperature": "hot"}, "temperature"),
+    ({"repetition_penalty": 0}, "repetition_penalty"), ({"min_p": "x"}, "min_p"), ({"min_new_tokens": -1}, "min_tokens"),
+    ({"min_new_tokens": "x"}, "min_tokens"), ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_tokens"),
     ({"top_p": 7}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_tokens"),
     ({"stop_strings": 3}, "stop_strings"), ({"stop_strings": [3]}, "stop"),
 ])
@@ -85,11 +100,11 @@ def test_an_import_refuses_what_could_not_be_used_and_writes_nothing(tmp_path, c
 def test_the_server_names_what_is_not_obeyed_once(tmp_path):
     golden = pathlib.Path(__file__).parents[1] / "golden" / "llama2"
     source, said = shutil.copytree(golden, tmp_path / "hf", ignore=shutil.ignore_patterns("*.npz")), []
-    (source / "generation_config.json").write_text('{"repetition_penalty": 1.05, "do_sample": true}')
+    (source / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "do_sample": true}')
     import_run(source, tmp_path / "run")
     with pytest.raises(UserError, match="no tokenizer"):  # which comes later
         Service.from_run(tmp_path / "run", on_event=said.append)
-    assert len(said) == 1 and said[0].startswith("note: ") and "repetition_penalty=1.05" in said[0]
+    assert len(said) == 1 and said[0].startswith("note: ") and "no_repeat_ngram_size=3" in said[0]
 
 
 def test_where_answers_begin_and_end(tmp_path):

@@ -13,7 +13,6 @@ import pytest
 
 from llm_jax.inference.generation import Completion, complete
 from llm_jax.inference.request import Delta, InvalidRequest, PromptTooLong, QueueFull, SamplingParams, Unavailable
-from llm_jax.inference.service import Service
 
 NEAR_TIE = 1e-4
 
@@ -60,16 +59,15 @@ def greedy_by_dense(prompt, count, dense_logits, end):
     return tokens[len(prompt):]
 
 
-def test_together_equals_alone_equals_dense(service, lone_service, engine, dense_logits, tokenizer):
+def test_together_equals_alone_equals_dense(service, lone_service, fresh, dense_logits, tokenizer):
     """24 greedy requests of mixed lengths sent at once, each sent alone, by the engine of `Run.generate`, and by
     greedy decoding with the dense forward."""
     asked = prompts(service, 24)
     lengths = [5 + 3 * (i % 9) for i in range(24)]
     wanted = [SamplingParams(max_tokens=n) for n in lengths]
-    fresh = Service(engine, tokenizer)
-    together = complete(fresh, asked, wanted)
-    assert fresh.stats()["most_rows"] >= 8
-    fresh.close()
+    other = fresh()
+    together = complete(other, asked, wanted)
+    assert other.stats()["most_rows"] >= 8
     for i, got in enumerate(complete(lone_service, asked, wanted)):
         assert_same_but_for_near_ties(got.token_ids, together[i].token_ids, asked[i], dense_logits, f"generate {i}")
     for i, (prompt, params, mine) in enumerate(zip(asked, wanted, together, strict=True)):
@@ -87,7 +85,7 @@ def test_logprobs_are_the_trainers(service, dense_logits):
     got = complete(service, [prompt], [SamplingParams(max_tokens=12, temperature=1.5, seed=3, ignore_eos=True)])[0]
     logits = dense_logits([*prompt, *got.token_ids])[len(prompt) - 1:-1].astype(np.float64)
     exact = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(got.logprobs, exact[np.arange(12), list(got.token_ids)], atol=1e-4)
+    np.testing.assert_allclose(got.logprobs, exact[np.arange(12), list(got.token_ids)], rtol=2e-5, atol=1e-4)
 
 
 def test_a_seed_repeats_itself_in_any_company(service):
@@ -225,9 +223,9 @@ def test_a_failing_listener_costs_only_its_own_request(service):
 
 def test_a_failing_step_ends_its_requests_and_not_the_service(service, engine, monkeypatch):
     before = complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0]
-    real, calls = engine.execute, []
+    real, calls = engine.dispatch, []
 
-    def execute(step):
+    def dispatch(step):
         calls.append(1)
         if len(calls) == 2:
             for pool in jax.tree.leaves(engine.pools):
@@ -235,27 +233,26 @@ def test_a_failing_step_ends_its_requests_and_not_the_service(service, engine, m
             raise RuntimeError("device lost")
         return real(step)
 
-    monkeypatch.setattr(engine, "execute", execute)
+    monkeypatch.setattr(engine, "dispatch", dispatch)
     got = complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0]
     assert got.finish_reason == "error" and "device lost" in got.error
     assert complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0] == before
 
 
-def test_an_engine_that_cannot_be_restarted_closes_the_service_and_hangs_nobody(engine, tokenizer, monkeypatch):
-    s = Service(engine, tokenizer)
+def test_an_engine_that_cannot_be_restarted_closes_the_service_and_hangs_nobody(fresh, monkeypatch):
+    s = fresh()
+    engine = s.engine
 
     def fail(*_):
         raise RuntimeError("device lost")
 
-    real = engine.reset
-    monkeypatch.setattr(engine, "execute", fail)
+    monkeypatch.setattr(engine, "dispatch", fail)
     monkeypatch.setattr(engine, "reset", fail)
     assert complete(s, [[1, 2]], [SamplingParams(max_tokens=3)])[0].finish_reason == "error"
     s.close()
     assert not s.is_live
     with pytest.raises(Unavailable):
         s.submit([1], SamplingParams(), print)
-    real()
 
 
 def test_refusals(service):
@@ -274,14 +271,14 @@ def test_refusals(service):
             SamplingParams(**{name: value})
 
 
-def test_a_full_queue_refuses_and_draining_lets_finish(engine, tokenizer):
-    """A service of its own over the shared engine, stopped in the end."""
-    s = Service(engine, tokenizer, max_queue=2)
+def test_a_full_queue_refuses_and_draining_lets_finish(fresh):
+    s = fresh(max_queue=2)
+    engine = s.engine
     listeners = [Listening() for _ in range(20)]
     ask = SamplingParams(max_tokens=60, ignore_eos=True)
     gate = threading.Event()
-    real = engine.execute
-    engine.execute = lambda step: (gate.wait(60), real(step))[1]
+    real = engine.collect
+    engine.collect = lambda step: (gate.wait(60), real(step))[1]
     try:
         first = s.submit([1, 2, 3], ask, listeners[0])
         accepted = [listeners[0]]
@@ -302,7 +299,6 @@ def test_a_full_queue_refuses_and_draining_lets_finish(engine, tokenizer):
         assert all(one.rest()[-1].finish_reason == "length" for one in accepted) and first == 0
     finally:
         gate.set()
-        engine.execute = real
         s.close()
     with pytest.raises(Unavailable):
         s.submit([1], ask, listeners[0])

@@ -1,0 +1,153 @@
+"""Compiles the paged-attention kernel for an H100 on a machine without one, for an 8B Llama and for shapes at the edges
+of what it serves, and says what each program needs.
+
+    pip install jax-cuda13-plugin jax-cuda13-pjrt    # --no-deps, of JAX's own version: no CUDA library is needed
+    python -m benchmarks.compile_gpu
+
+Where `ptxas` is on the path (or --ptxas names it) and JAX is 0.10, it also prints registers and bytes spilt of every
+kernel. Exits with 1 if a program does not compile, copies a pool, or spills more than 256 bytes a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+# What XLA wants to know of the chip (an `xla.gpu.GpuTargetConfigProto`), from NVIDIA's data sheet of the H100 SXM.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 threads_per_warp: 32 clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 84978434048
+}
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 12 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+PAGE, PAGES = 16, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step's attention; the defaults are those of an 8B Llama."""
+
+    rows: int = 0
+    prefill: int = 0
+    decode_width: int = 1
+    chunk: int = 512
+    heads: tuple[int, int] = (32, 8)
+    width: int = 128
+    context: int = 4096
+    dtype: str = "bfloat16"
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self)
+                         if f.name in ("rows", "prefill") or getattr(self, f.name) != f.default)
+
+
+CASES = (Case(1), Case(1, context=32768), Case(8), Case(64), Case(64, context=32768), Case(8, decode_width=5),
+         Case(0, 1), Case(0, 4), Case(8, 1), Case(64, 4, window=1024, soft_cap=30.0),
+         Case(8, 1, heads=(12, 4), width=64), Case(8, 1, width=80),
+         Case(8, 1, heads=(16, 8), width=256, soft_cap=50.0), Case(8, 1, dtype="float32"),
+         Case(8, 1, heads=(8, 1), width=256), Case(8, 1, heads=(8, 8), width=32, dtype="float32"))
+
+
+def kernels(folder: pathlib.Path, ptxas: str | None) -> list[tuple[str, int, int]]:
+    """(name, registers, bytes spilt) of the kernels whose machine-independent code lies in `folder`."""
+    found = []
+    for file in sorted(folder.glob("*.ptx")):
+        if ptxas and "paged_attention" in file.read_text():
+            said = subprocess.run([ptxas, "-v", "-arch=sm_90a", file, "-o", folder / "out"], check=True,
+                                  capture_output=True, text=True).stderr
+            name = re.search(r"entry function '(\w+)'", said)
+            registers, spilt = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+            assert name and registers and spilt, said
+            found.append((name[1], int(registers[1]), int(spilt[1])))
+    return found
+
+
+def main() -> int:
+    """Prints a line a program; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ptxas", default=shutil.which("ptxas"), help="NVIDIA's assembler")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    arguments = parser.parse_args()
+    dump = tempfile.TemporaryDirectory()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump.name}"
+    import jax  # it reads the environment
+    from jax.experimental import topologies
+
+    from llm_jax.kernels import paged_triton
+    from llm_jax.kernels.paged import PagedContext, make_pool
+
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    except (RuntimeError, NotImplementedError) as error:
+        sys.exit(f"this JAX cannot compile for CUDA: {str(error).splitlines()[0]}\n"
+                 f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}")
+    mesh = jax.make_mesh((1,), ("gpu",), (jax.sharding.AxisType.Auto,), devices=topology.devices)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def abstract(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def compile_case(case: Case) -> jax.stages.Compiled:
+        H, G = case.heads
+        N, R = case.rows * case.decode_width + case.prefill * case.chunk, case.rows + case.prefill
+        context = PagedContext(abstract(N), abstract(N), case.rows, case.chunk, decode_width=case.decode_width,
+                               table_RP=abstract(R, case.context // PAGE), length_R=abstract(R), backend="triton")
+        pools = jax.eval_shape(lambda: make_pool(PAGES, PAGE, (G, case.width, case.width), case.dtype,
+                                                 "triton"))
+        pools = tuple(abstract(*pool.shape, dtype=case.dtype) for pool in pools)
+        q, k, v = (abstract(1, N, heads, case.width, dtype=case.dtype) for heads in (H, G, G))
+
+        def step(q, k, v, context, pools):
+            return paged_triton.attend(q, k, v, context, pools, scale=case.width**-0.5, window=case.window,
+                                       soft_cap=case.soft_cap)
+
+        return jax.jit(step, donate_argnums=4).lower(q, k, v, context, pools).compile()
+
+    right = True
+    print(f"jax {jax.__version__}, {topology.devices[0].device_kind}")
+    for case in CASES[:arguments.cases]:
+        began = time.perf_counter()
+        try:
+            with jax.set_mesh(mesh):
+                compiled = compile_case(case)
+        except Exception as error:  # whatever the compiler says, the other programs are still worth a try
+            right = False
+            print(f"FAILED {case}: {str(error).splitlines()[0]}")
+            continue
+        memory = compiled.memory_analysis()
+        used = kernels(pathlib.Path(dump.name), arguments.ptxas)
+        for file in pathlib.Path(dump.name).iterdir():
+            file.unlink()
+        pool = PAGES * PAGE * case.heads[1] * case.width * (4 if case.dtype == "float32" else 2)
+        in_place = memory.temp_size_in_bytes < pool and memory.alias_size_in_bytes >= 2 * pool
+        right &= in_place and all(spilt <= 256 for _, _, spilt in used)
+        print(f"{time.perf_counter() - began:5.1f} s  {memory.temp_size_in_bytes / 1e6:5.1f} MB beside the pools"
+              f"{'' if in_place else ', COPIED'}  {case}")
+        for name, registers, spilt in used:
+            print(f"{'':9}{name}: {registers} registers, {spilt} bytes spilt")
+    dump.cleanup()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
