@@ -28,7 +28,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
 
 from benchmarks.trained_pair import Pair, held_out, make
 from llm_jax import compile_cache, runs
@@ -70,7 +72,7 @@ def serve(service: Service, prompts: Sequence[Sequence[int]], params: Sequence[S
     finished = threading.Semaphore(0)
     before, checks = service.stats(), service.statistics.proposals.steps
 
-    def listener(into: list[tuple[float, Delta]]):
+    def listener(into: list[tuple[float, Delta]]) -> Callable[[Delta], None]:
         def listen(delta: Delta) -> None:
             into.append((time.perf_counter(), delta))
             if delta.finish_reason is not None:
@@ -107,15 +109,9 @@ def difference(plain: Completion, other: Completion, params: SamplingParams, num
     gap = plain.logprobs[at] - other.logprobs[at]
     if params.temperature:
         key = sampling.row_key(params.seed or 0, params.sample, num_prompt + at)
-        noise = sampling.gumbel_of(_array([key], "uint32"), _array([[a[at], b[at]]], "int32"))
+        noise = sampling.gumbel_of(jnp.array([key], jnp.uint32), jnp.array([[a[at], b[at]]], jnp.int32))
         gap = gap / params.temperature + float(noise[0, 0]) - float(noise[0, 1])
     return abs(gap)
-
-
-def _array(values: list, dtype: str):
-    import jax.numpy as jnp
-
-    return jnp.asarray(values, dtype)
 
 
 def services(pair: Pair, max_proposed: int, max_context: int) -> dict[str, Service]:
@@ -136,6 +132,49 @@ def services(pair: Pair, max_proposed: int, max_context: int) -> dict[str, Servi
 def repeated(pieces: Sequence[Sequence[int]], length: int, period: int) -> list[list[int]]:
     """Prompts of about `length` tokens in which the first `period` tokens after the BOS come again and again."""
     return [[*p[:1], *(list(p[1:1 + period]) * (length // period))] for p in pieces]
+
+
+def measure(made: dict[str, Service], own: dict[str, Policy], prompts: Sequence[Sequence[int]],
+            params: Sequence[SamplingParams], rows: int, rounds: int) -> list[dict]:
+    """A line for each variant and policy: the prompts in groups of `rows`, round by round."""
+    groups = [range(i, min(i + rows, len(prompts))) for i in range(0, len(prompts), rows)]
+    cases = [("plain", "own"), *((name, policy) for name in VARIANTS[1:] for policy in ("forced", "own"))]
+    found: dict[tuple[str, str], list[list[Served]]] = {case: [] for case in cases}
+    for number in range(rounds):
+        for name, policy in cases if number % 2 else reversed(cases):
+            most = own[name].most
+            made[name].engine.policy = own[name] if policy == "own" else Policy(  # always all of them
+                most, prior=1.0, weight=1e-6)
+            found[name, policy].append([serve(made[name], [prompts[i] for i in group], [params[i] for i in group])
+                                        for group in groups])
+    rates = {case: statistics.median(sum(s.tokens for s in each) / sum(s.seconds for s in each) for each in times)
+             for case, times in found.items()}
+    lines = []
+    for (name, policy), times in found.items():
+        gaps = [difference(a, b, params[i], len(prompts[i])) for each in times
+                for plain, other, group in zip(found["plain", "own"][0], each, groups, strict=True)
+                for a, b, i in zip(plain.completions, other.completions, group, strict=True)]
+        ties = [gap for gap in gaps if gap is not None]
+        total = {field: sum(getattr(s, field) for s in times[-1])
+                 for field in ("steps", "proposed", "accepted", "checks")}
+        lines.append({
+            "variant": name, "policy": policy, **total,
+            "acceptance": round(total["accepted"] / total["proposed"], 3) if total["proposed"] else None,
+            "tokens_per_check": round(1 + total["accepted"] / total["checks"], 2) if total["checks"] else None,
+            "tokens_per_second": round(rates[name, policy], 1),
+            "ratio_to_plain": round(rates[name, policy] / rates["plain", "own"], 3),
+            "compared": len(gaps), "differing": len(ties), "widest_gap": max(ties, default=0.0)})
+    return lines
+
+
+def show(line: dict) -> None:
+    """One row of the table."""
+    said = {key: "-" if value is None else value for key, value in line.items()}
+    print(f"{line['workload']:10}{line['temperature']:5.1f}{line['rows']:5d} {line['variant']:8}{line['policy']:8}"
+          f"{said['acceptance']:>9}{said['tokens_per_check']:>13}{line['checks']:7d}{line['steps']:7d}"
+          f"{line['tokens_per_second']:10,.0f}{line['ratio_to_plain']:7.2f}  "
+          f"{line['compared'] - line['differing']} of {line['compared']}"
+          + (f", gap {line['widest_gap']:.1e}" if line["differing"] else ""), flush=True)
 
 
 def main() -> int:
@@ -161,7 +200,7 @@ def main() -> int:
     compile_cache.enable_compile_cache()
     pair = Pair(*map(pathlib.Path, (args.data_dir, args.run_dir, args.draft_run_dir))) if all(given) else make(
         pathlib.Path(args.directory).expanduser(), args.corpus, args.steps)
-    losses = {name: runs.load(run_dir).manifest["metrics"]["end"]["validation_loss"]
+    losses = {name: runs.load(run_dir).manifest["metrics"]["end"]["loss"]
               for name, run_dir in (("target", pair.target), ("draft", pair.draft))}
     sizes = {name: runs.load(run_dir).config.num_params() for name, run_dir in (("target", pair.target),
                                                                                ("draft", pair.draft))}
@@ -169,13 +208,12 @@ def main() -> int:
     workloads = {"held-out": plain_prompts, "repeating": repeated(plain_prompts, args.length, args.length // 4)}
     made = services(pair, args.proposed, args.length + args.output + 16)
     own = {name: service.engine.policy for name, service in made.items()}
-    forced = Policy(args.proposed, free=10**6, prior=1.0, weight=1e-6)  # always all of them
     print(f"target {sizes['target'] / 1e6:.2f} M parameters (validation loss {losses['target']:.3f}), draft "
           f"{sizes['draft'] / 1e6:.2f} M ({losses['draft']:.3f}); {args.prompts} prompts of {args.length} tokens, "
           f"{args.output} tokens from each, at most {args.proposed} proposed")
     print(f"{'workload':10}{'T':>5}{'rows':>5} {'variant':8}{'policy':8}{'accepted':>9}{'tokens/check':>13}"
           f"{'checks':>7}{'steps':>7}{'tokens/s':>10}{'ratio':>7}  identical")
-    table, worst = [], 0.0
+    table: list[dict] = []
     for workload, prompts in workloads.items():
         for temperature in (0.0, args.temperature):
             params = [SamplingParams(max_tokens=args.output, ignore_eos=True, temperature=temperature, seed=i)
@@ -183,40 +221,10 @@ def main() -> int:
             for rows in map(int, args.rows.split(",")):
                 # Alone, a quarter of the prompts is enough.
                 count = len(prompts) if rows > 1 else max(1, len(prompts) // 4)
-                groups = [range(i, min(i + rows, count)) for i in range(0, count, rows)]
-                cases = [("plain", "own"), *((v, p) for v in VARIANTS[1:] for p in ("forced", "own"))]
-                found: dict[tuple[str, str], list[list[Served]]] = {case: [] for case in cases}
-                for number in range(args.rounds):
-                    for name, policy in cases if number % 2 else reversed(cases):
-                        made[name].engine.policy = forced if policy == "forced" else own[name]
-                        found[name, policy].append([
-                            serve(made[name], [prompts[i] for i in group], [params[i] for i in group])
-                            for group in groups])
-                rates = {case: statistics.median(sum(s.tokens for s in each) / sum(s.seconds for s in each)
-                                                 for each in rounds) for case, rounds in found.items()}
-                reference = found["plain", "own"][0]
-                for (name, policy), rounds in found.items():
-                    gaps = [difference(a, b, params[i], len(prompts[i])) for each in rounds
-                            for plain, other, group in zip(reference, each, groups, strict=True)
-                            for a, b, i in zip(plain.completions, other.completions, group, strict=True)]
-                    ties = [gap for gap in gaps if gap is not None]
-                    worst = max([worst, *ties])
-                    total = {field: sum(getattr(s, field) for s in rounds[-1])
-                             for field in ("steps", "proposed", "accepted", "checks")}
-                    row = {"workload": workload, "temperature": temperature, "rows": rows, "variant": name,
-                           "policy": policy, **total,
-                           "acceptance": round(total["accepted"] / total["proposed"], 3) if total["proposed"] else None,
-                           "tokens_per_check": round(1 + total["accepted"] / total["checks"], 2) if total["checks"]
-                           else None, "tokens_per_second": round(rates[name, policy], 1),
-                           "ratio_to_plain": round(rates[name, policy] / rates["plain", "own"], 3),
-                           "compared": len(gaps), "near_ties": len(ties)}
-                    table.append(row)
-                    said = {key: "-" if value is None else value for key, value in row.items()}
-                    print(f"{workload:10}{temperature:5.1f}{rows:5d} {name:8}{policy:8}{said['acceptance']:>9}"
-                          f"{said['tokens_per_check']:>13}{row['checks']:7d}{row['steps']:7d}"
-                          f"{row['tokens_per_second']:10,.0f}{row['ratio_to_plain']:7.2f}  "
-                          f"{len(gaps) - len(ties)} of {len(gaps)}" + (f", gap {max(ties):.1e}" if ties else ""),
-                          flush=True)
+                for line in measure(made, own, prompts[:count], params[:count], rows, args.rounds):
+                    table.append({"workload": workload, "temperature": temperature, "rows": rows, **line})
+                    show(table[-1])
+    worst = max(line["widest_gap"] for line in table)
     for service in made.values():
         service.close()
     print(json.dumps({"parameters": sizes, "validation_loss": {k: round(v, 4) for k, v in losses.items()},

@@ -12,6 +12,7 @@ from experiments import cli  # noqa: E402
 
 EXAMPLES = (
     "python -m experiments.serve --run_dir=runs/quickstart --port=9000",
+    "python -m experiments.serve --run_dir=runs/big --draft_run_dir=runs/small --cache_dtype=int8",
     'python -m serving.client --address=127.0.0.1:9000 --prompt="def main("',
 )
 

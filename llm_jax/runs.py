@@ -135,28 +135,28 @@ class Run:
         if draft is not None:
             if not options.max_proposed:
                 raise UserError("a draft model proposes nothing with max_proposed=0; set it to 3 or so")
-            left = draft._check_serves(dtype, left, "the draft model ")
+            try:
+                left = draft._check_serves(dtype, left)
+            except UserError as error:
+                raise UserError(f"the draft model {draft.directory}: {error}") from error
             _check_same_tokens(self, draft)
         return Engine(self.config, self._serving_params(dtype), options, available_bytes=left, free_params=True,
                       draft=None if draft is None else (draft.config, draft._serving_params(dtype))), self.tokenizer
 
-    def _check_serves(self, dtype: str, available: int, whose: str = "") -> int:
+    def _check_serves(self, dtype: str, available: int) -> int:
         """The bytes that the weights leave of `available`; UserError if they don't fit, or can't be served."""
         import jax.numpy as jnp
 
         from llm_jax.inference import memory
         from llm_jax.inference.engine import check_generates
 
-        try:
-            check_generates(self.config)
-            # Special tokens past the model's rows may be there (for images, say): no text gives them.
-            if self.tokenizer.text_vocab_size > self.config.vocab_size:
-                raise UserError(f"{self.directory}: the tokenizer has {self.tokenizer.text_vocab_size} tokens, the "
-                                f"model only {self.config.vocab_size}; they are not of one run")
-            itemsize = jnp.dtype(dtype).itemsize
-            memory.check_weights_fit(self.config, itemsize, available)
-        except UserError as error:
-            raise UserError(f"{whose}{self.directory}: {error}") from error if whose else error
+        check_generates(self.config)
+        # Special tokens past the model's rows may be there (for images, say): no text gives them.
+        if self.tokenizer.text_vocab_size > self.config.vocab_size:
+            raise UserError(f"{self.directory}: the tokenizer has {self.tokenizer.text_vocab_size} tokens, the model "
+                            f"only {self.config.vocab_size}; they are not of one run")
+        itemsize = jnp.dtype(dtype).itemsize
+        memory.check_weights_fit(self.config, itemsize, available)
         return available - self.config.num_params() * itemsize
 
     def _serving_params(self, dtype: str) -> Any:

@@ -1,16 +1,24 @@
-"""`llm_jax.serving.v1.Inference`: the project's own service, with sampling, stop strings and counts per request."""
+"""`llm_jax.serving.v1.Inference`: the project's own service, with everything that the engine can do per request."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import grpc
 
-from llm_jax.inference.request import Delta
+from llm_jax.inference.request import MAX_LOGPROBS, Constraint, Delta, SamplingParams, TopLogprobs
 from serving import messages
-from serving.calls import Calls, invalid, method
+from serving.calls import MAX_TENANT_CHARACTERS, Calls, invalid, method
+
+# Fields that mean something when they are absent, and those that are always said.
+_OPTIONAL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "prompt_logprobs")
+_PLAIN = ("presence_penalty", "frequency_penalty", "ignore_eos")
+PIECE = 1024  # tokens of which one message tells the likeliest, at most: clients take 4 MiB unless told otherwise
 
 
 class Inference:
-    """The two methods of the service."""
+    """The methods of the service."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -18,24 +26,40 @@ class Inference:
     @method
     async def Generate(self, request, context) -> None:
         """Streams the continuation of the prompt."""
-        prompt = request.WhichOneof("prompt")
-        if prompt is None:
-            raise invalid("the request has no prompt: set text or token_ids")
-        if prompt == "text":
-            prompt_ids = await self._calls.encode(request.text)
-        else:
-            prompt_ids = self._calls.token_ids(request.token_ids.ids)
+        prompt_ids = await self._prompt_ids(request)
         asked = request.sampling
-        said = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "seed")
-                if asked.HasField(name)}
-        sampling = self._calls.sampling(prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples,
-                                        stop=tuple(asked.stop) or None, ignore_eos=asked.ignore_eos, **said)
+        sampling = self._sampling(prompt_ids, asked)
+        if len(request.tenant) > MAX_TENANT_CHARACTERS:
+            raise invalid(f"tenant must have at most {MAX_TENANT_CHARACTERS} characters")
+        deadline_s = request.deadline_seconds if request.HasField("deadline_seconds") else None
+        if deadline_s is not None and not deadline_s > 0:
+            raise invalid(f"deadline_seconds={deadline_s:g} must be more than 0")
+        with_logprobs = asked.logprobs or asked.top_logprobs > 0
 
         async def write(news: dict[int, Delta], first_token: dict[int, float]) -> None:
             for sample, delta in news.items():
-                await context.write(_response(sample, delta, asked.logprobs, first_token.get(sample, 0.0)))
+                for response in _responses(sample, delta, with_logprobs, first_token.get(sample, 0.0)):
+                    await context.write(response)
 
-        await self._calls.stream(prompt_ids, sampling, asked.num_samples, request.priority, write)
+        await self._calls.stream(prompt_ids, sampling, asked.num_samples, request.priority, write,
+                                 best_of=asked.best_of, tenant=request.tenant, deadline_s=deadline_s)
+
+    @method
+    async def Embed(self, request, context):
+        """A vector for each text."""
+        calls = self._calls
+        if not 1 <= len(request.inputs) <= calls.max_samples:
+            raise invalid(f"there are {len(request.inputs)} inputs; 1 to {calls.max_samples} may be sent at once")
+        pooling = messages.POOLINGS.get(request.pooling)
+        if pooling is None:
+            raise invalid(f"pooling={request.pooling} is unknown: POOLING_MEAN (1) or POOLING_LAST (2)")
+        prompts = [await self._prompt_ids(one) for one in request.inputs]
+        if not all(prompts):
+            raise invalid("an input has no tokens")
+        found = await calls.embed(prompts, pooling, request.priority)
+        return messages.EmbedResponse(embeddings=[
+            messages.Embedding(values=delta.embedding.tolist(), prompt_tokens=len(prompt_ids))
+            for prompt_ids, delta in zip(prompts, found, strict=True)])
 
     @method
     async def GetModel(self, request, context):
@@ -48,21 +72,57 @@ class Inference:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service as gRPC registers it."""
+        parser = self._calls.parser
         return grpc.method_handlers_generic_handler(messages.INFERENCE, {
             "Generate": grpc.unary_stream_rpc_method_handler(
-                self.Generate, self._calls.parser(messages.GenerateRequest),
-                messages.GenerateResponse.SerializeToString),
+                self.Generate, parser(messages.GenerateRequest), messages.GenerateResponse.SerializeToString),
+            "Embed": grpc.unary_unary_rpc_method_handler(
+                self.Embed, parser(messages.EmbedRequest), messages.EmbedResponse.SerializeToString),
             "GetModel": grpc.unary_unary_rpc_method_handler(
-                self.GetModel, self._calls.parser(messages.GetModelRequest), messages.Model.SerializeToString),
+                self.GetModel, parser(messages.GetModelRequest), messages.Model.SerializeToString),
         })
 
+    async def _prompt_ids(self, holder: Any) -> list[int]:
+        """Tokens of a message's `prompt`."""
+        kind = holder.WhichOneof("prompt")
+        if kind is None:
+            raise invalid("the request has no prompt: set text or token_ids")
+        return await self._calls.encode(holder.text) if kind == "text" else self._calls.token_ids(holder.token_ids.ids)
 
-def _response(sample: int, delta: Delta, with_logprobs: bool, first_token_s: float):
-    response = messages.GenerateResponse(
-        sample=sample, text=delta.text, token_ids=delta.token_ids, logprobs=delta.logprobs if with_logprobs else (),
-        finish_reason=messages.finish_reason_number(delta.finish_reason))
-    if delta.usage is not None:
-        response.usage.prompt_tokens = delta.usage.prompt_tokens
-        response.usage.completion_tokens = delta.usage.completion_tokens
-        response.usage.seconds_to_first_token = first_token_s
-    return response
+    def _sampling(self, prompt_ids: list[int], asked: Any) -> SamplingParams:
+        said = {name: getattr(asked, name) for name in _OPTIONAL if asked.HasField(name)}
+        said |= {name: getattr(asked, name) for name in _PLAIN}
+        if not 0 <= asked.top_logprobs <= MAX_LOGPROBS:
+            raise invalid(f"top_logprobs={asked.top_logprobs} must lie between 0 and {MAX_LOGPROBS}")
+        kind = asked.WhichOneof("constraint")
+        return self._calls.sampling(
+            prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples, best_of=asked.best_of,
+            stop=tuple(asked.stop) or None, stop_ids=tuple(asked.stop_ids), logit_bias=tuple(asked.logit_bias.items()),
+            logprobs=asked.top_logprobs, constraint=None if kind is None else Constraint(kind, getattr(asked, kind)),
+            **said)
+
+
+def _responses(sample: int, delta: Delta, with_logprobs: bool, first_token_s: float) -> Iterator[Any]:
+    """The delta as messages: one, unless it is long for what it tells of each token."""
+    for start in range(0, len(delta.prompt_logprobs), PIECE):
+        yield messages.GenerateResponse(sample=sample, prompt_logprobs=[
+            messages.PromptLogprob(token_id=one.token_id, logprob=one.logprob, top=_top(one.top) if one.top else None)
+            for one in delta.prompt_logprobs[start:start + PIECE]])
+    starts = list(range(0, len(delta.token_ids), PIECE if delta.top_logprobs else max(1, len(delta.token_ids)))) or [0]
+    for start in starts:
+        is_last = start == starts[-1]
+        part = slice(start, None if is_last else start + PIECE)
+        response = messages.GenerateResponse(
+            sample=sample, text=delta.text if is_last else "", token_ids=delta.token_ids[part],
+            logprobs=delta.logprobs[part] if with_logprobs else (), top_logprobs=map(_top, delta.top_logprobs[part]),
+            finish_reason=messages.finish_reason_number(delta.finish_reason if is_last else None))
+        if delta.usage is not None and is_last:
+            response.usage.prompt_tokens = delta.usage.prompt_tokens
+            response.usage.completion_tokens = delta.usage.completion_tokens
+            response.usage.cached_tokens = delta.usage.cached_tokens
+            response.usage.seconds_to_first_token = first_token_s
+        yield response
+
+
+def _top(best: TopLogprobs) -> Any:
+    return messages.TopLogprobs(token_ids=[i for i, _ in best], logprobs=[value for _, value in best])

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 
-from llm_jax.inference.request import Delta
+from llm_jax.inference.request import Delta, PromptLogprob, TopLogprobs
 
 
 class Closed(Exception):
@@ -14,13 +14,33 @@ class Closed(Exception):
 
 
 @dataclasses.dataclass
-class _Pending:
-    """What a sample has produced since its reader last looked."""
+class Gathered:
+    """Deltas of one sample, joined as they come: less to hold than the deltas themselves."""
 
     text: list[str] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
     last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Appends what came next."""
+        self.text.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.top_logprobs.extend(delta.top_logprobs)
+        self.prompt_logprobs += delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.last = delta
+
+    def joined(self) -> Delta:
+        """All of it as one delta."""
+        last = self.last or Delta()
+        return Delta(
+            text="".join(self.text), token_ids=tuple(self.token_ids), logprobs=tuple(self.logprobs),
+            top_logprobs=tuple(self.top_logprobs), prompt_logprobs=self.prompt_logprobs,
+            finish_reason=last.finish_reason, usage=last.usage, error=last.error, embedding=last.embedding)
 
 
 class Mailbox:
@@ -33,7 +53,7 @@ class Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Gathered] = {}
         self._woken = False  # a wake-up is on its way or has not been acted on: no second one is needed
         self._news = asyncio.Event()
         self._closed = False
@@ -41,12 +61,7 @@ class Mailbox:
     def push(self, sample: int, delta: Delta) -> None:
         """Adds what `sample` has produced. Any thread; safe after the loop has closed."""
         with self._lock:
-            pending = self._pending.setdefault(sample, _Pending())
-            pending.text.append(delta.text)
-            pending.token_ids.extend(delta.token_ids)
-            pending.logprobs.extend(delta.logprobs)
-            if delta.finish_reason is not None:
-                pending.last = delta
+            self._pending.setdefault(sample, Gathered()).add(delta)
             wake, self._woken = not self._woken, True
         if wake:
             try:
@@ -72,16 +87,4 @@ class Mailbox:
             pending, self._pending = self._pending, {}
             self._woken = False
             self._news.clear()
-        return {sample: _merged(parts) for sample, parts in sorted(pending.items())}
-
-
-def _merged(parts: _Pending) -> Delta:
-    last = parts.last
-    return Delta(
-        text="".join(parts.text),
-        token_ids=tuple(parts.token_ids),
-        logprobs=tuple(parts.logprobs),
-        finish_reason=last.finish_reason if last else None,
-        usage=last.usage if last else None,
-        error=last.error if last else None,
-    )
+        return {sample: gathered.joined() for sample, gathered in sorted(pending.items())}

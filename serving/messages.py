@@ -50,6 +50,12 @@ TokenIds = _message("llm_jax.serving.v1.TokenIds")
 Usage = _message("llm_jax.serving.v1.Usage")
 GetModelRequest = _message("llm_jax.serving.v1.GetModelRequest")
 Model = _message("llm_jax.serving.v1.Model")
+TopLogprobs = _message("llm_jax.serving.v1.TopLogprobs")
+PromptLogprob = _message("llm_jax.serving.v1.PromptLogprob")
+EmbedRequest = _message("llm_jax.serving.v1.EmbedRequest")
+EmbedResponse = _message("llm_jax.serving.v1.EmbedResponse")
+Prompt = _message("llm_jax.serving.v1.Prompt")
+Embedding = _message("llm_jax.serving.v1.Embedding")
 
 
 def parser(message: Any) -> Callable[[bytes], Any]:
@@ -64,11 +70,13 @@ def parser(message: Any) -> Callable[[bytes], Any]:
     return parse
 
 
+# The engine's names of what `Pooling` counts; a number that is not in it is from a newer client.
+POOLINGS = {0: "mean", 1: "mean", 2: "last"}
 _FINISH_REASONS = POOL.FindEnumTypeByName("llm_jax.serving.v1.FinishReason")
 
 
 def finish_reason_number(reason: str | None) -> int:
-    """The enum value for the engine's "stop" or "length"; None (the sample goes on) is 0."""
+    """The enum value for the engine's "stop", "length" or "deadline"; None (the sample goes on) is 0."""
     return 0 if reason is None else _FINISH_REASONS.values_by_name[f"FINISH_REASON_{reason.upper()}"].number
 
 

@@ -18,6 +18,11 @@ from llm_jax.checkpoints import Checkpoints
 from llm_jax.data.tokenizer_training import train_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.inference.engine_config import EngineConfig
+from llm_jax.inference.generation import complete
+from llm_jax.inference.request import SamplingParams
+from llm_jax.inference.service import Service
+from llm_jax.inference.speculation import Policy
+from llm_jax.kernels.attention import DenseContext
 from llm_jax.models import Decoder, ModelConfig
 
 ROOT = pathlib.Path(runs.__file__).parents[1]
@@ -86,6 +91,75 @@ def test_generate_is_greedy_decoding_of_the_module(run_dir):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_list_is_what_each_prompt_gives_alone(run_dir):
+    """A lone prompt has an engine of one row; a list makes a larger one, which serves lone prompts as well then."""
+    prompts = ["def 你", "", "return", "main():", "世界" * 9]
+    asked = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    with runs.load(run_dir) as run:
+        alone = [run.generate(prompt, **asked) for prompt in prompts]
+        assert run._offline.service(1).engine.options.max_rows == 1
+        assert run.generate(prompts, **asked) == alone
+        service = run._offline.service(1)
+        assert service.engine.options.max_rows == 8 and service.stats()["most_rows"] > 1
+        assert run.generate(prompts[0], **asked) == alone[0] and run._offline.service(8) is service
+        assert run.generate([], **asked) == []
+        samples = run.complete(prompts[:2], n=3, **asked)
+        assert [len(each) for each in samples] == [3, 3] and samples[1][0].text == alone[1]
+        ranked = sorted(samples[0], key=lambda c: -np.mean(c.logprobs))
+        assert [c.text for c in run.complete(prompts[0], n=2, best_of=3, **asked)] == [c.text for c in ranked[:2]]
+        assert run.generate(prompts[0], best_of=3, **asked) == ranked[0].text
+        with pytest.raises(UserError, match="best_of=2"):
+            run.complete("a", n=3, best_of=2)
+    assert run._offline._service is None
+
+
+def test_embeddings(run_dir):
+    run = runs.load(run_dir)
+    texts = ["def 你", "main():\n    return"]
+    for pooling in ("mean", "last"):
+        found = run.embed(texts, pooling)
+        assert found.dtype == np.float32 and found.shape == (2, run.config.embed_dim)
+        for text, got in zip(texts, found, strict=True):
+            tokens_BT = np.array([run.tokenizer.prompt_ids(text)])
+            x_TD = np.asarray(run.model.apply({"params": run.params}, tokens_BT, np.arange(tokens_BT.size)[None],
+                                              DenseContext(), method="hidden")[0][0], np.float64)
+            np.testing.assert_allclose(got, x_TD.mean(0) if pooling == "mean" else x_TD[-1], atol=1e-5)
+    np.testing.assert_allclose(run.embed(texts[0], "last"), run.embed(texts, "last")[0], atol=1e-6)
+    run.close()
+
+
+def test_a_draft_run_directory(run_dir, tokenizer, tmp_path):
+    """Its weights count in the memory check, its tokens must be the same, and it changes nothing that comes out."""
+    run = runs.load(run_dir)
+    options = EngineConfig(max_rows=1, prefill_rows=1, max_proposed=2, page_size=8, dtype="float32")
+    draft = copy(run_dir, tmp_path)
+    fields = {"add_bos_token": False}  # not what tokens mean: the draft is given tokens
+    (draft / "tokenizer_config.json").write_text(json.dumps(fields))
+    engine, _ = run.engine(options, draft)
+    assert engine.draft is not None and str(engine.draft.params["embed"]["embedding"].dtype) == "float32"
+    engine.compile()
+    engine.policy = Policy(2, prior=0.9)  # whether it pays here does not matter
+    service = Service(engine, tokenizer)
+    try:
+        expected = run.complete("def", max_tokens=12, ignore_eos=True)
+        got, = complete(service, [service.encode("def")], [SamplingParams(max_tokens=12, ignore_eos=True)])
+        assert got.token_ids == expected.token_ids
+        assert service.stats()["accepted"] > 0
+    finally:
+        service.close()
+        run.close()
+    one = run.config.num_params() * 4
+    with pytest.raises(UserError, match=f"the draft model {draft}: the model does not fit"):
+        run.engine(options, draft, available_bytes=2 * one - 1)
+    with pytest.raises(UserError, match="the cache does not fit"):
+        run.engine(options, draft, available_bytes=2 * one)
+    with pytest.raises(UserError, match="max_proposed=0"):
+        run.engine(EngineConfig(), draft)
+    train_tokenizer([TEXT + "import sys"], 300).save(draft)
+    with pytest.raises(UserError, match="has another tokenizer"):
+        run.engine(options, draft)
+
+
 def test_loading_needs_neither_gin_nor_the_launch_scripts(run_dir):
     code = (f"import sys\nfrom llm_jax import runs\nrun = runs.load({str(run_dir)!r})\nrun.params, run.tokenizer\n"
             "assert not {'gin', 'experiments', 'serving', 'torch', 'tensorflow'} & set(sys.modules), sys.modules")
@@ -98,7 +172,7 @@ def test_a_folder_of_tokenizer_files_is_taken_whole_and_obeyed(run_dir, tokenize
     tokenizer.save(source)
     for name, fields in (("tokenizer_config.json", {"add_bos_token": False, "chat_template": "x"}),
                          ("generation_config.json", {"eos_token_id": [5, 2], "do_sample": True, "temperature": 9.0,
-                                                     "repetition_penalty": 1.1, "max_new_tokens": 12})):
+                                                     "no_repeat_ngram_size": 3, "max_new_tokens": 12})):
         (source / name).write_text(json.dumps(fields))
     (source / "model.safetensors").write_bytes(b"not the tokenizer's")
     (target / "x.tiktoken").write_text("of another tokenizer")
@@ -115,7 +189,7 @@ def test_a_folder_of_tokenizer_files_is_taken_whole_and_obeyed(run_dir, tokenize
     assert (len(drawn), len(greedy)) == (3, 1)
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokenizer.encode("def")), 12)
     assert ended.finish_reason == "stop" and ended.token_ids == tokens[:tokens.index(tokens[2])]
-    assert [r.message.count("repetition_penalty=1.1") for r in caplog.records] == [1]
+    assert [r.message.count("no_repeat_ngram_size=3") for r in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("damage, named", [
@@ -178,6 +252,22 @@ def test_generate_script(run_dir):
     assert answer["text"] == runs.load(run_dir).generate("def 你", max_tokens=5, ignore_eos=True)
 
 
+def test_generate_script_with_many_prompts(run_dir, tmp_path):
+    (tmp_path / "prompts").write_text('def\n"a\\nb"\n', encoding="utf-8")
+    (tmp_path / "schema.json").write_text('{"enum": ["世界", 7]}', encoding="utf-8")
+    got = script("generate", f"--run_dir={run_dir}", f"--prompts_file={tmp_path / 'prompts'}", "--n=2", "--json",
+                 "--temperature=1", "--min_p=0.01", "--logit_bias={7: -5}", "--logprobs=2", "--prompt_logprobs=0",
+                 f"--json_schema={tmp_path / 'schema.json'}")
+    assert got.returncode == 0, got.stderr
+    answers = [json.loads(line) for line in got.stdout.splitlines()]
+    assert [a["prompt_tokens"] for a in answers] == [
+        n for text in ("def", "a\nb") for n in [len(runs.load(run_dir).tokenizer.prompt_ids(text))] * 2]
+    for answer in answers:
+        assert json.loads(answer["text"]) in ("世界", 7)
+        assert [len(top) for top in answer["top_logprobs"]] == [2] * len(answer["token_ids"])
+        assert len(answer["prompt_logprobs"]) == answer["prompt_tokens"] - 1
+
+
 def test_evaluate_script_on_a_text(run_dir, tmp_path):
     """bits_per_byte against the dense logits, summed by hand."""
     text = "def main():\n    return 你好\n" * 30
@@ -209,6 +299,10 @@ def test_evaluate_script_on_a_text(run_dir, tmp_path):
     ("evaluate", ["--run_dir=/nowhere"], "not a run directory"),
     ("generate", ["--run_dir=/nowhere", "--prompt=a"], "not a run directory"),
     ("generate", ["--prompt=a"], "run_dir"),
+    ("generate", ["--run_dir={run}"], "--prompt or a --prompts_file"),
+    ("generate", ["--run_dir={run}", "--prompt=a", "--regex=a", "--grammar=b"], "exclude each other"),
+    ("generate", ["--run_dir={run}", "--prompt=a", "--json_schema=/nowhere"], "cannot read /nowhere"),
+    ("generate", ["--run_dir={run}", "--prompt=a", "--n=3", "--best_of=2"], "best_of=2"),
     ("generate", ["--run_dir={run}", "--prompt=a", "--temperature=-1"], "temperature"),
     ("generate", ["--run_dir={run}", "--prompt=" + "a b " * 100], "at most 63"),
     ("evaluate", ["--run_dir={run}", "--text=/nowhere/t.txt"], "cannot read /nowhere/t.txt"),

@@ -261,8 +261,11 @@ def extras(draws: Sequence[Draws], asked: Mapping[int, Asked], num_rows: int, g:
             made.slot_R[rows] = a.slot
         made.repetition_R[rows], made.presence_R[rows] = p.repetition_penalty, p.presence_penalty
         made.frequency_R[rows] = p.frequency_penalty
-        for i, (token, amount) in enumerate([*p.logit_bias, *((token, -np.inf) for token in a.forbidden)]):
-            made.bias_id_RB[rows, i], made.bias_RB[rows, i] = token, amount
+        ids, amounts = zip(*p.logit_bias, strict=True) if p.logit_bias else ((), ())
+        if ids or a.forbidden:
+            count = len(ids) + len(a.forbidden)
+            made.bias_id_RB[rows, :count] = (*ids, *a.forbidden)
+            made.bias_RB[rows, :count] = (*amounts, *[-np.inf] * len(a.forbidden))
         if a.mask is not None:
             made.mask_RW[rows] = a.mask
     return _sampling_batch(draws, asked, num_rows), made

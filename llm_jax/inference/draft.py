@@ -113,7 +113,11 @@ class Draft:
     def compile(self) -> None:
         """Compiles proposing; following is compiled as the engine's steps are."""
         for rows in self.row_counts:
-            jax.block_until_ready(self._run((), rows))
+            self.run_empty(rows)
+
+    def run_empty(self, rows: int) -> None:
+        """Proposes for nobody, in the time that it takes for so many, and waits for it."""
+        jax.block_until_ready(self._run((), rows))
 
     def follow(self, last_S: Array, batch: StepBatch) -> None:
         """Computes the draft's keys and values of a step's tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -98,6 +99,10 @@ class Engine:
         self._last_S: Any = None
         self._counts: Any = None
         self.reset()
+        # Rooms on the host for the pages of the pools, and of the draft's, which move with them.
+        self._swaps = [(HostPages(options.swap_pages, holder.pools, num_pages, holder.geometry.backend,
+                                  self.placement.whole), holder)
+                       for holder in (self, self.draft) if holder is not None and options.swap_pages]
         self._programs = self._jitted()
         self.num_steps = 0
 
@@ -119,8 +124,8 @@ class Engine:
             rows = f"{shape.decode_rows} decode rows" + (f" of {shape.width} tokens" if shape.width > 1 else "")
             progress(f"compiled step: {rows}, {shape.prefill_rows} prompts of up to "
                      f"{self.options.chunk} tokens ({time.perf_counter() - at:.1f} s)")
-        if self._swap is not None:
-            self.pools = self._swap.compile(self.pools)
+        for host, holder in self._swaps:
+            holder.pools = host.compile(holder.pools)
         if self.draft is not None:
             self.draft.compile()
         if self.wide_rows:
@@ -176,11 +181,11 @@ class Engine:
         any more.
         """
         run = self._programs
-        if self._swap is not None:
+        for host, holder in self._swaps:
             for device_pages, host_pages in step.swap_out:
-                self._swap.save(self.pools, device_pages, host_pages)
+                host.save(holder.pools, device_pages, host_pages)
             for device_pages, host_pages in step.swap_in:
-                self.pools = self._swap.load(self.pools, device_pages, host_pages)
+                holder.pools = host.load(holder.pools, device_pages, host_pages)
         if self.draft is not None and step.draft_batch is not None:
             self.draft.follow(self._last_S, step.draft_batch)
         self.pools, self._last_S, token_R, logprob_R, logits_RV, x_ND = run["forward"](
@@ -256,9 +261,6 @@ class Engine:
                 self.draft.reset()
             self._last_S, self._counts = self.placement.replicated(
                 (jnp.zeros(g.num_slots + 1, jnp.int32), penalties.make_counts(g.num_slots, c.vocab_size)))
-        self._swap: HostPages | None = None
-        if self.options.swap_pages:
-            self._swap = HostPages(self.options.swap_pages, self.pools, g.num_pages, g.backend)
 
     def _backend(self, config: ModelConfig | None = None) -> str:
         o, c = self.options, config or self.config
@@ -304,25 +306,36 @@ class Engine:
 
     def _measured_policy(self) -> Policy:
         """What checking proposed tokens costs on this device, and proposing them."""
-        def seconds(run: Callable[[], Any]) -> float:
-            times = []
-            for _ in range(5):
-                at = time.perf_counter()
-                jax.block_until_ready(run())
-                times.append(time.perf_counter() - at)
-            return min(times)
+        empty = Plan((), ())
 
-        def step(shape: StepShape) -> float:
-            batch, draws = build(Plan((), ()), shape, self.geometry)
-            return seconds(lambda: self.execute(PreparedStep(shape, batch, draws)))
+        def run(shape: StepShape) -> Callable[[], Any]:
+            step = PreparedStep(shape, *build(empty, shape, self.geometry))
+            return lambda: self.execute(step)
 
-        wide = next(s for s in self.shapes if s.width > 1 and s.decode_rows == self.wide_rows and not s.prefill_rows)
-        one = step(next(s for s in self.shapes if s.width == 1))
-        free = wide.decode_rows * wide.width * one / step(wide)
-        cost = 0.0 if self.draft is None else seconds(lambda: self.draft.compile()) / (
-            len(self.draft.row_counts) * self.options.max_proposed) / one
+        def proposing(shape: StepShape) -> Callable[[], Any]:
+            check = run(shape)
+
+            def both() -> None:
+                if self.draft is not None:
+                    self.draft.run_empty(shape.decode_rows)
+                check()
+
+            return both
+
+        costs = []
+        for wide in (s for s in self.shapes if s.width > 1 and not s.prefill_rows):  # by rows
+            narrow = next(s for s in self.shapes if s.width == 1 and not s.prefill_rows
+                          and s.decode_rows == wide.decode_rows)
+            with_and_without = proposing(wide), run(narrow)
+            times: list[list[float]] = [[], []]
+            for _ in range(9):  # in turn, so that what else the machine does falls on both
+                for one, found in zip(with_and_without, times, strict=True):
+                    at = time.perf_counter()
+                    one()
+                    found.append(time.perf_counter() - at)
+            costs.append((wide.decode_rows, statistics.median(times[0]) / statistics.median(times[1])))
         self.num_steps = 0
-        return Policy(self.options.max_proposed, max(1, round(free)), cost)
+        return Policy(self.options.max_proposed, tuple(costs))
 
     def _padded(self, targets: Sequence[int]) -> np.ndarray:
         target_C = np.zeros(self.options.chunk, np.int32)

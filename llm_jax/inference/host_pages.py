@@ -17,7 +17,7 @@ _BLOCK = 16  # pages copied by one call, so that one program serves any number
 class HostPages:
     """Room for pages of all layers on the host, and the copies there and back."""
 
-    def __init__(self, num_pages: int, pools: Pools, spare_page: int, backend: str):
+    def __init__(self, num_pages: int, pools: Pools, spare_page: int, backend: str, whole: Any = None):
         """Allocates the room and compiles the copies; nothing happens for 0 pages.
 
         Args:
@@ -25,6 +25,7 @@ class HostPages:
           pools: the device's, whose layout is taken.
           spare_page: page of the device that nobody reads: what fills up a call.
           backend: see `PagedContext.backend`.
+          whole: on a mesh, the sharding of what every device holds: the host has whole pages wherever pools are cut.
         """
 
         def take(pools: Pools, page_B: jax.Array) -> Any:
@@ -33,7 +34,9 @@ class HostPages:
         def put(pools: Pools, page_B: jax.Array, contents: Any) -> Pools:
             return [put_pages(pool, page_B, one, backend) for pool, one in zip(pools, contents, strict=True)]
 
-        self._take, self._put = jax.jit(take), jax.jit(put, donate_argnums=0)
+        places = None if whole is None else jax.tree.map(lambda pool: pool.sharding, pools)
+        self._take = jax.jit(take, out_shardings=whole)
+        self._put = jax.jit(put, donate_argnums=0, out_shardings=places)
         self._spare = spare_page
         shapes = jax.eval_shape(take, pools, np.zeros(_BLOCK, np.int32))
         # A page's contents lie together: leading axis of pages.

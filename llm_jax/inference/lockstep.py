@@ -28,6 +28,7 @@ _LENGTH = struct.Struct("<Q")
 _HELLO = struct.Struct("<32sI")
 _SECONDS = 60.0  # to find one another
 _MOST_BYTES = 2**30  # of one message
+_OTHER_PLAN = "this process has planned another step than process 0, and stops"
 
 
 class Disconnected(UserError):
@@ -37,12 +38,14 @@ class Disconnected(UserError):
 class Lockstep:
     """The line from process 0 to the others.
 
-    Messages are JSON. Each carries a digest of all plans that process 0 has made, so that a process whose plans differ
-    stops, and does not compute something else than its peers. Whoever reaches the port and does not know the secret,
+    Messages are JSON. Before each step they carry a digest of its plan, so that a process whose plan differs stops, and
+    does not compute something else than its peers. Whoever reaches the port and does not know the secret,
     which goes through the devices, is hung up on; the messages are not encrypted, no more than JAX's own traffic.
 
     Attributes:
       leads: whether this is process 0.
+      closed: whether this process has hung up.
+      plans: a digest of the plans so far.
     """
 
     def __init__(self, host: str | None = None):
@@ -55,8 +58,9 @@ class Lockstep:
           UserError: one of them can't be reached.
         """
         self.leads = jax.process_index() == 0
+        self.closed = False
         self._now = 0.0
-        self._plans = 0
+        self.plans = 0
         self._peers: list[socket.socket] = []
         if jax.process_count() == 1:
             return
@@ -74,9 +78,11 @@ class Lockstep:
         return self._now
 
     def planned(self, plan: Plan) -> None:
-        """Notes a plan that this process carries out."""
-        what = [(c.sequence.id, c.start, c.count, c.proposed, c.sequence.pages[-1:]) for c in plan]
-        self._plans = zlib.crc32(repr(what).encode(), self._plans)
+        """To be called with the plan of a step before it is sent: UserError if process 0 has made another."""
+        what = [(c.sequence.id, c.start, c.count, c.proposed, c.sequence.pages[-1]) for c in plan]
+        self.plans = zlib.crc32(repr(what).encode(), self.plans)
+        if self.agree({"plans": self.plans}) != {"plans": self.plans}:
+            raise UserError(_OTHER_PLAN)
 
     def exchange(self, events: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
         """Process 0's events, at every process; the others wait for it.
@@ -85,13 +91,12 @@ class Lockstep:
           events, now: what has happened and the time, in seconds; asked of process 0 alone.
         Raises:
           Disconnected: a process has ended.
-          UserError: this process has made other plans than process 0.
+          UserError: process 0 has planned a step where this process has none.
         """
-        message = self.agree({"events": events, "now": now, "plans": self._plans})
+        message = self.agree({"events": events, "now": now})
+        if "events" not in message:
+            raise UserError(_OTHER_PLAN)
         self._now = message["now"]
-        if message["plans"] != self._plans:
-            raise UserError("this process has planned other steps than process 0: they must serve the same model with "
-                            "the same options")
         return message["events"]
 
     def agree(self, value: Any) -> Any:
@@ -109,6 +114,7 @@ class Lockstep:
 
     def close(self) -> None:
         """Hangs up, also on an `exchange` that another thread waits in."""
+        self.closed = True
         for peer in self._peers:
             try:
                 peer.shutdown(socket.SHUT_RDWR)
@@ -121,9 +127,12 @@ def least(value: int) -> int:
     """The smallest of the values with which the processes call it; each must."""
     if jax.process_count() == 1:
         return value
-    # As bytes: on devices a whole number has 32 bits.
-    mine = np.frombuffer(_LENGTH.pack(value), np.uint8)
-    return min(_LENGTH.unpack(row.tobytes())[0] for row in np.asarray(multihost_utils.process_allgather(mine)))
+    return min(_LENGTH.unpack(found)[0] for found in _gather(_LENGTH.pack(value)))
+
+
+def alike(value: Any) -> bool:
+    """Whether all processes call it with values of the same `repr`; each must."""
+    return jax.process_count() == 1 or len(set(_gather(hashlib.sha256(repr(value).encode()).digest()))) == 1
 
 
 def params_to_json(params: SamplingParams) -> dict[str, Any]:
@@ -141,6 +150,12 @@ def params_from_json(fields: dict[str, Any]) -> SamplingParams:
     if made["constraint"] is not None:
         made["constraint"] = Constraint(*made["constraint"])
     return SamplingParams(**made)
+
+
+def _gather(data: bytes) -> list[bytes]:
+    """What every process gave, all of one length; as bytes, as on devices a whole number has 32 bits."""
+    rows = np.asarray(multihost_utils.process_allgather(np.frombuffer(data, np.uint8)))
+    return [row.astype(np.uint8).tobytes() for row in rows]
 
 
 def _broadcast(value: Any) -> Any:

@@ -208,9 +208,10 @@ def best(x_RV: Array, count: int) -> tuple[Array, Array]:
     """`jax.lax.top_k` that stays one: values and int32 ids [R, count], of equals the first first.
 
     XLA finds its top-k in a sort and slices of it; a slice of the result melts into those, and what is left is the
-    sort, thirty times as slow. The barrier keeps them apart.
+    sort, thirty times as slow. A barrier keeps them apart: one for each, as XLA aborts on one for both on a mesh.
     """
-    return jax.lax.optimization_barrier(jax.lax.top_k(x_RV, count))
+    value_RC, id_RC = jax.lax.top_k(x_RV, count)
+    return jax.lax.optimization_barrier(value_RC), jax.lax.optimization_barrier(id_RC)
 
 
 def _first_best(x_RV: Array) -> tuple[Array, Array]:

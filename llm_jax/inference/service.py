@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -14,29 +13,18 @@ from typing import Any
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import UserError
-from llm_jax.inference.batch import Asked
-from llm_jax.inference.draft import Wish
 from llm_jax.inference.engine import Engine
 from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.generation_config import SamplingDefaults
-from llm_jax.inference.lookup import Lookup
+from llm_jax.inference.intake import Intake
+from llm_jax.inference.proposing import Proposer
 from llm_jax.inference.request import Delta, InvalidRequest, SamplingParams, Unavailable
 from llm_jax.inference.requests import POOLINGS, Listener, Request
-from llm_jax.inference.scheduler import PENDING, Plan, Scheduler, Sequence
-from llm_jax.inference.speculation import Throttle
+from llm_jax.inference.scheduler import Plan, Scheduler
 from llm_jax.inference.statistics import Statistics
-from llm_jax.inference.steps import RunningStep
-from llm_jax.inference.text import TextStream
+from llm_jax.inference.steps import Flight
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flight:
-    """A step on the device, its plan, and the requests it was made for."""
-
-    plan: Plan
-    running: RunningStep
 
 
 class Service:
@@ -53,7 +41,8 @@ class Service:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_queue: int = 256,
                  defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 (frozen)
-                 scheduler: type[Scheduler] = Scheduler, max_wait_s: float | None = None, ageing_s: float = 30.0):
+                 scheduler: type[Scheduler] = Scheduler, max_wait_s: float | None = None, ageing_s: float = 30.0,
+                 clock: Callable[[], float] = time.monotonic):
         """Starts the thread; the engine must be compiled.
 
         Args:
@@ -64,6 +53,7 @@ class Service:
           scheduler: the policy.
           max_wait_s: longest that a request may wait for its first step, seconds; None is for ever.
           ageing_s: a waiting request's priority grows by 1 in so many seconds.
+          clock: seconds, as the scheduler is to see them.
         """
         self.engine = engine
         self.tokenizer = tokenizer
@@ -72,10 +62,10 @@ class Service:
         self.statistics = Statistics()
         self._max_queue = max_queue
         self._make_scheduler = lambda: engine.make_scheduler(max_queue, scheduler, max_wait_s=max_wait_s,
-                                                             ageing_s=ageing_s)
+                                                             ageing_s=ageing_s, clock=clock)
         self._scheduler = self._make_scheduler()
-        self._grammars: Any = None
-        self._grammars_lock = threading.Lock()
+        self._intake = Intake(engine, tokenizer)
+        self._proposer = Proposer(engine)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._changed = threading.Condition()  # guards everything above
@@ -86,13 +76,15 @@ class Service:
         self._thread.start()
 
     @classmethod
-    def from_run(cls, run_dir: str, options: EngineConfig | None = None, *, max_queue: int = 256,
-                 on_event: Callable[[str], None] = lambda line: None, **more: Any) -> Service:
+    def from_run(cls, run_dir: str, options: EngineConfig | None = None, *, draft_run_dir: str | None = None,
+                 max_queue: int = 256, on_event: Callable[[str], None] = lambda line: None,
+                 **more: Any) -> Service:
         """Loads a run directory and compiles everything; ready when it returns.
 
         Args:
           run_dir: the run directory; it may be read-only.
           options: the engine's layout; None takes the defaults.
+          draft_run_dir: of a smaller model with the same tokenizer, which proposes tokens.
           max_queue: most requests that may wait.
           on_event: receives lines of progress.
           **more: other arguments of the service.
@@ -107,7 +99,7 @@ class Service:
         defaults = run.sampling_defaults
         for note in defaults.notes:
             on_event(f"note: {note}")
-        engine, tokenizer = run.engine(options or EngineConfig())
+        engine, tokenizer = run.engine(options or EngineConfig(), draft_run_dir)
         g = engine.geometry
         on_event(f"loaded {run_dir}: {engine.config.num_params():,} parameters in {engine.dtype}, cache of "
                  f"{g.num_pages} pages of {g.page_size} tokens in {engine.cache_dtype} "
@@ -165,20 +157,11 @@ class Service:
 
         Arguments as of `submit`, with parameters (`sample` set in each) and a listener for each. Returns their ids.
         """
-        requests = [self._request(prompt_ids, p, listener, priority, tenant, deadline_s)
+        requests = [self._intake.request(next(self._ids), prompt_ids, p, listener, priority, tenant, deadline_s)
                     for p, listener in zip(params, listeners, strict=True)]
         with self._changed:
             self._check_live()
-            added: list[Request] = []
-            try:
-                for request in requests:
-                    self._scheduler.add(request.sequence)
-                    added.append(request)
-            except UserError:
-                for request in added:
-                    self._scheduler.remove(request.sequence)
-                raise
-            self._requests |= {r.id: r for r in requests}
+            self._enter(requests)
             self._changed.notify_all()
         return [r.id for r in requests]
 
@@ -192,12 +175,12 @@ class Service:
         """
         if pooling not in POOLINGS:
             raise InvalidRequest(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-        request = self._request(prompt_ids, SamplingParams(max_tokens=1), listener, priority, "", None)
+        request = self._intake.request(next(self._ids), prompt_ids, SamplingParams(max_tokens=1), listener, priority,
+                                       "", None)
         request.pooling, request.sequence.reuse = pooling, False
         with self._changed:
             self._check_live()
-            self._scheduler.add(request.sequence)
-            self._requests[request.id] = request
+            self._enter([request])
             self._changed.notify_all()
         return request.id
 
@@ -235,7 +218,7 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """Counts since the start, and what is under way: see `Statistics.snapshot`."""
         with self._changed:
-            return self.statistics.snapshot(self._scheduler, self.engine)
+            return self.statistics.snapshot(self._scheduler, self.engine, self._proposer.total)
 
     def begin_drain(self) -> None:
         """From now on new requests are refused; those under way go on."""
@@ -252,55 +235,37 @@ class Service:
         """Cancels what is under way and ends the thread."""
         with self._changed:
             self._closed = True
-            for request in list(self._requests.values()):
-                self._finish(request, Delta(finish_reason="cancelled"))
             self._changed.notify_all()
         self._thread.join()
+        with self._changed:
+            for request in list(self._requests.values()):
+                self._finish(request, Delta(finish_reason="cancelled"))
+
+    def _enter(self, requests: SequenceOf[Request]) -> None:
+        """Queues all of them or raises; called under the lock."""
+        added: list[Request] = []
+        try:
+            for request in requests:
+                self._scheduler.add(request.sequence)
+                added.append(request)
+        except UserError:
+            for request in added:
+                self._scheduler.remove(request.sequence)
+            raise
+        self._requests |= {r.id: r for r in requests}
+
+    def _has_work(self) -> bool:
+        return bool(self._requests) or self._new_params is not None
 
     def _check_live(self) -> None:
         if not self.is_live:
             raise Unavailable("the server is shutting down and takes no new requests")
 
-    def _request(self, prompt_ids: SequenceOf[int], params: SamplingParams, listener: Listener, priority: int,
-                 tenant: str, deadline_s: float | None) -> Request:
-        tokens = [int(t) for t in prompt_ids]
-        vocabulary = self.engine.config.vocab_size
-        if not tokens:
-            raise InvalidRequest("the prompt is empty: it needs at least one token")
-        for name, ids in (("token id", tokens), ("stop_ids:", params.stop_ids),
-                          ("logit_bias:", [i for i, _ in params.logit_bias])):
-            bad = next((t for t in ids if not 0 <= t < vocabulary), None)
-            if bad is not None:
-                raise InvalidRequest(f"{name} {bad} is outside the vocabulary (0 to {vocabulary - 1})")
-        if deadline_s is not None and not deadline_s > 0:
-            raise InvalidRequest(f"deadline_s must be more than 0, not {deadline_s}")
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=secrets.randbits(64))
-        matcher = None if params.constraint is None else self._all_grammars().matcher(params.constraint)
-        sequence = Sequence(next(self._ids), tokens, len(tokens), params.max_tokens, priority, tenant=tenant,
-                            deadline=None if deadline_s is None else time.monotonic() + deadline_s,
-                            needs_host=matcher is not None, reuse=params.prompt_logprobs is None)
-        ends = frozenset(() if params.ignore_eos and matcher is None else self.tokenizer.end_ids)
-        request = Request(sequence, params, TextStream(self.tokenizer, params.stop), listener,
-                          ends | frozenset(params.stop_ids), matcher)
-        if self.engine.wide_rows and matcher is None and not Asked(params, 0, 0).is_counted:
-            request.throttle = Throttle(self.engine.policy)
-            request.lookup = Lookup(tokens) if self.engine.draft is None else None
-        return request
-
-    def _all_grammars(self) -> Any:
-        with self._grammars_lock:
-            if self._grammars is None:  # seconds for a large vocabulary, and most services are never asked
-                from llm_jax.inference.constraints import Grammars
-
-                self._grammars = Grammars(self.tokenizer, self.engine.config.vocab_size)
-            return self._grammars
-
     def _loop(self) -> None:
-        flight: _Flight | None = None
+        flight: Flight | None = None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._requests or self._new_params)
+                self._changed.wait_for(lambda: self._closed or self._has_work())
                 if self._closed:
                     return
             try:
@@ -310,10 +275,10 @@ class Service:
                 flight = None
                 self._fail_all(error)
 
-    def _turn(self, flight: _Flight | None) -> _Flight | None:
+    def _turn(self, flight: Flight | None) -> Flight | None:
         """Sends the next step, then reads the one before it; returns the step that is under way now."""
         with self._changed:
-            speculates = self._decide_on_speculation()
+            speculates = self._proposer.decide([self._requests[s.id] for s in self._scheduler.running])
             in_order = speculates or self._new_params is not None or any(
                 r.sequence.needs_host for r in self._requests.values())
         if in_order and flight is not None:
@@ -323,7 +288,7 @@ class Service:
             self._take_new_params()
             self._expire()
             if speculates:
-                self._propose()
+                self._proposer.propose([self._requests[s.id] for s in self._scheduler.running], self._scheduler)
             plan = self._scheduler.schedule()
             prepared = None
             if plan is not None:
@@ -334,39 +299,10 @@ class Service:
                 self._changed.wait(0.01)  # nothing can run before something changes
         following = None
         if plan is not None and prepared is not None:
-            following = _Flight(plan, self.engine.dispatch(prepared))
+            following = Flight(plan, self.engine.dispatch(prepared))
         if flight is not None:
             self._land(flight)
         return following
-
-    def _decide_on_speculation(self) -> bool:
-        """Whether tokens are proposed in the coming step; if so, it has to wait for the one before."""
-        running = self._scheduler.running
-        if not self.engine.wide_rows:
-            return False
-        fits = 0 < len(running) <= self.engine.wide_rows
-        for sequence in running:
-            request = self._requests[sequence.id]
-            request.wanted = request.throttle.proposals(
-                len(running), sequence.max_tokens - sequence.num_generated) if (
-                fits and request.throttle is not None and request.may_speculate) else 0
-            sequence.needs_host = request.matcher is not None or request.wanted > 0
-        return fits and any(self._requests[s.id].wanted for s in running)
-
-    def _propose(self) -> None:
-        wishes: list[Wish] = []
-        for sequence in self._scheduler.running:
-            request = self._requests[sequence.id]
-            sequence.proposal = []
-            if not request.wanted or sequence.remaining != 1 or sequence.tokens[-1] == PENDING:
-                continue
-            if request.lookup is not None:
-                sequence.proposal = request.lookup.propose(request.wanted)
-            elif count := self._scheduler.reserve(sequence, request.wanted):
-                wishes.append(Wish(sequence, request.asked(), count))
-        if self.engine.draft is not None:
-            for wish, tokens in zip(wishes, self.engine.draft.propose(wishes), strict=True):
-                wish.sequence.proposal = tokens
 
     def _prepare(self, plan: Plan) -> Any:
         requests = self._requests
@@ -377,7 +313,7 @@ class Service:
         self.statistics.planned(plan)
         return self.engine.prepare(plan, {r.id: r.asked() for r in drawing}, scores=scores, hidden=hidden)
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         """Reads a step's results and tells the listeners."""
         results = self.engine.collect(flight.running)
         with self._changed:
@@ -393,7 +329,7 @@ class Service:
             for i, drawn in results.drawn.items():
                 request = self._requests.get(i)
                 if request is not None:
-                    ends[i], taken = request.advance(self._checked(request, drawn))
+                    ends[i], taken = request.advance(self._proposer.checked(request, drawn))
                     accepted[i] = list(drawn.tokens[:taken])
             self._scheduler.resolve(flight.plan, accepted)
             self.statistics.drew(sum(map(len, accepted.values())))
@@ -407,18 +343,6 @@ class Service:
                     self._finish(request, delta)
                 elif delta.token_ids or delta.prompt_logprobs:
                     self._tell(request, delta)
-
-    def _checked(self, request: Request, drawn: Any) -> Any:
-        """The draws that count: up to the first that differs from what was proposed."""
-        proposal = request.sequence.proposal
-        if len(drawn.tokens) == 1:
-            return drawn
-        right = next((k for k, token in enumerate(proposal[:len(drawn.tokens) - 1]) if token != drawn.tokens[k]),
-                     len(drawn.tokens) - 1)
-        assert request.throttle is not None
-        request.throttle.update(len(drawn.tokens) - 1, right)
-        self.statistics.checked(len(drawn.tokens) - 1, right)
-        return dataclasses.replace(drawn, tokens=drawn.tokens[:right + 1])
 
     def _expire(self) -> None:
         for sequence in self._scheduler.expired():
@@ -454,9 +378,11 @@ class Service:
             request.listener(delta)
         except Exception:  # noqa: BLE001 - a listener's fault is its request's alone
             log.exception("the listener of request %d failed; the request is dropped", request.id)
-            if request.id in self._requests:
-                del self._requests[request.id]
-                self._scheduler.remove(request.sequence)
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        if self._requests.pop(request.id, None) is not None:
+            self._scheduler.remove(request.sequence)
 
     def _fail_all(self, error: Exception) -> None:
         """Ends every request and starts anew: the cache went with the donated pools, the bookkeeping may be torn."""

@@ -17,7 +17,6 @@ class Statistics:
         self.tokens = 0
         self.prompt_tokens = 0
         self.most_rows = 0
-        self.proposals = Acceptance()
         self._last: tuple[float, int, int] = (time.monotonic(), 0, 0)
 
     def planned(self, plan: Plan) -> None:
@@ -29,11 +28,7 @@ class Statistics:
         """Notes tokens that were drawn and kept."""
         self.tokens += tokens
 
-    def checked(self, proposed: int, accepted: int) -> None:
-        """Notes a proposal and how much of it was right."""
-        self.proposals.add(proposed, accepted)
-
-    def snapshot(self, scheduler: Scheduler, engine: Any) -> dict[str, Any]:
+    def snapshot(self, scheduler: Scheduler, engine: Any, proposals: Acceptance) -> dict[str, Any]:
         """Requests running and waiting, pages used and in all, slots of used pages that hold nothing, steps, tokens
         drawn, prompt tokens computed, most requests seen in one step, tokens proposed and accepted, and what
         `SchedulerStats` has."""
@@ -41,7 +36,7 @@ class Statistics:
                 "pages_used": scheduler.pool.num_used, "pages_total": scheduler.pool.num_pages,
                 "wasted_slots": scheduler.wasted_slots(), "steps": engine.num_steps, "tokens": self.tokens,
                 "prompt_tokens": self.prompt_tokens, "most_rows": self.most_rows,
-                "proposed": self.proposals.proposed, "accepted": self.proposals.accepted,
+                "proposed": proposals.proposed, "accepted": proposals.accepted,
                 **dataclasses.asdict(scheduler.stats)}
 
     def line(self, snapshot: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from llm_jax.inference.batch import Draws, StepBatch, StepShape
 from llm_jax.inference.penalties import Extras
 from llm_jax.inference.request import PromptLogprob, TopLogprobs
 from llm_jax.inference.sampling import SamplingBatch
+from llm_jax.inference.scheduler import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +81,11 @@ class RunningStep:
     top: tuple[jax.Array, jax.Array] | None
     scores: tuple[tuple[jax.Array, jax.Array, jax.Array], ...]
     hidden: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A step on the device, and its plan."""
+
+    plan: Plan
+    running: RunningStep

@@ -73,8 +73,9 @@ def test_what_would_change_the_tokens_is_said_once_each_and_what_would_not_is_no
 @pytest.mark.parametrize("fields, says", [
     ([], "JSON object"), ({"do_sample": "yes"}, "do_sample"),
     ({"do_sample": True, "temperature": "hot"}, "temperature"),
-    ({"repetition_penalty": 0}, "repetition_penalty"), ({"min_p": "x"}, "min_p"), ({"min_new_tokens": -1}, "min_tokens"),
-    ({"min_new_tokens": "x"}, "min_tokens"), ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_tokens"),
+    ({"repetition_penalty": 0}, "repetition_penalty"), ({"min_p": "x"}, "min_p"),
+    ({"min_new_tokens": -1}, "min_tokens"), ({"min_new_tokens": "x"}, "min_tokens"),
+    ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_tokens"),
     ({"top_p": 7}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_tokens"),
     ({"stop_strings": 3}, "stop_strings"), ({"stop_strings": [3]}, "stop"),
 ])

@@ -42,7 +42,7 @@ def speculating(request, config, params, tokenizer, wide):
     engine = Engine(config, params, WIDE, draft=draft)
     engine._programs = wide._programs
     engine.compile()
-    engine.policy = Policy(3, free=1000, draft_cost=0.0, probe_every=2, prior=0.9)
+    engine.policy = Policy(3, probe_every=2, prior=0.9)
     made = Service(engine, tokenizer)
     yield made
     made.close()
@@ -87,7 +87,7 @@ def test_a_text_that_repeats_itself_is_looked_up(wide, params, tokenizer):
     flat["final_norm"] = params["final_norm"]
     engine = sibling(wide)
     engine.set_params(flat)
-    engine.policy = Policy(3, free=1000)
+    engine.policy = Policy(3)
     service = Service(engine, tokenizer)
     try:
         got = complete(service, [[7, 7, 7, 7]], [SamplingParams(max_tokens=40, ignore_eos=True)])[0]

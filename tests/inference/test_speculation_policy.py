@@ -1,4 +1,4 @@
-"""How many tokens are proposed: against the expectation worked out by simulation, and by its properties."""
+"""Whether tokens are proposed: against the expectation worked out by simulation, and by its properties."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.inference.speculation import Acceptance, Policy, Throttle, expected_tokens
+from llm_jax.inference.speculation import Acceptance, Gate, Policy, Throttle, expected_tokens
 
 rates = st.floats(0, 1)
-policies = st.builds(Policy, most=st.integers(0, 8), free=st.integers(1, 300), draft_cost=st.floats(0, 0.5),
-                     margin=st.floats(1, 1.5), prior=rates, weight=st.floats(0.01, 1), probe_every=st.integers(1, 50))
 
 
 def test_expected_tokens_are_those_of_a_simulation():
@@ -23,78 +21,85 @@ def test_expected_tokens_are_those_of_a_simulation():
     assert expected_tokens(1.0, 5) == 6 and expected_tokens(0.0, 5) == 1 and expected_tokens(0.7, 0) == 1
 
 
+def at(policy, *acceptances):
+    made = [Throttle(policy) for _ in acceptances]
+    for throttle, acceptance in zip(made, acceptances, strict=True):
+        throttle.acceptance = acceptance
+    return made
+
+
 def test_by_hand():
-    policy = Policy(most=4, free=8, margin=1.0)
-    # One row: four proposals make five positions, free of charge, so the most are best at any acceptance.
-    assert policy.best(0.1, rows=1) == 4 and policy.cost(4, 1) == 1
-    # Four rows: one proposal is free; two make twelve positions, 1.5 steps, for 1 + 0.9 + 0.81 instead of 1.9 tokens.
-    assert policy.cost(2, 4) == 1.5
-    assert expected_tokens(0.9, 2) / 1.5 < expected_tokens(0.9, 1) / 1 and policy.best(0.9, rows=4) == 1
-    assert policy.best(0.99, rows=8) == 0  # full
-    # A draft model that costs a tenth of a step: (1 + 0.5)/1.1 = 1.36, 1.75/1.2 = 1.46, 1.875/1.3 = 1.44.
-    assert Policy(most=4, free=64, draft_cost=0.1).best(0.5, rows=1) == 2
-    assert Policy(most=4, free=64, draft_cost=0.1).best(0.1, rows=1) == 0
-
-
-@settings(max_examples=300, deadline=None)
-@given(policies, rates, rates, st.integers(1, 600), st.integers(1, 600))
-def test_more_for_the_accepted_less_for_the_full_and_never_at_a_loss(policy, rate, other, rows, more):
-    low, high = sorted((rate, other))
-    few, many = sorted((rows, more))
-    best = policy.best(rate, rows)
-    assert 0 <= best <= policy.most
-    assert policy.best(low, rows) <= policy.best(high, rows)
-    assert policy.best(rate, few) >= policy.best(rate, many)
-    assert policy.best(rate, rows + policy.free) == 0 and policy.best(0.0, rows) == 0
-    if best:
-        assert expected_tokens(rate, best) / policy.cost(best, rows) > 1
+    policy = Policy(most=2, costs=((1, 1.5), (4, 2.5)), margin=1.0)
+    assert [policy.cost(rows) for rows in (1, 2, 4, 5)] == [1.5, 2.5, 2.5, float("inf")]
+    # One row at 0.5: 1 + 0.5 + 0.25 tokens for 1.5; at 0.3: 1 + 0.3 + 0.09 = 1.39.
+    assert Gate().opens(policy, at(policy, 0.5), 1) and not Gate().opens(policy, at(policy, 0.3), 1)
+    # Two rows at 1.0 and 0.5 yield 3 + 1.75 for 5; with 0.7 it is 3 + 2.19.
+    assert not Gate().opens(policy, at(policy, 1.0, 0.5), 2) and Gate().opens(policy, at(policy, 1.0, 0.7), 2)
+    # A third row for which nothing can be proposed yields 1 and pays 2.5.
+    assert not Gate().opens(policy, at(policy, 1.0, 0.7), 3)
+    assert not Gate().opens(policy, at(policy, *[1.0] * 5), 5)  # more rows than were measured
+    assert Gate().opens(Policy(most=2), at(policy, *[0.5] * 50), 50)  # it costs nothing
+    assert not Gate().opens(Policy(most=2), [], 3)
 
 
 @settings(max_examples=200, deadline=None)
-@given(policies, st.lists(st.tuples(st.integers(0, 8), rates), max_size=60), st.integers(1, 80))
-def test_the_running_acceptance_stays_a_probability_and_room_is_kept(policy, steps, rows):
-    throttle = Throttle(policy)
-    for room, share in steps:
-        count = throttle.proposals(rows, room)
-        assert 0 <= count <= max(0, min(policy.most, room - 1))
-        throttle.update(count, int(share * count))
+@given(st.integers(1, 8), st.floats(1, 4), st.lists(rates, min_size=1, max_size=8), st.integers(0, 3))
+def test_only_where_more_tokens_come_than_time_is_paid(most, cost, acceptances, others):
+    policy = Policy(most=most, costs=((20, cost),))
+    rows = len(acceptances) + others
+    yielded = others + sum(expected_tokens(a, most) for a in acceptances)
+    assert Gate().opens(policy, at(policy, *acceptances), rows) == (yielded > policy.margin * rows * cost)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 1), rates, st.lists(st.tuples(st.integers(0, 8), rates), max_size=60))
+def test_the_running_acceptance_stays_a_probability(weight, prior, steps):
+    throttle = Throttle(Policy(weight=weight, prior=prior))
+    for proposed, share in steps:
+        throttle.update(proposed, int(share * proposed)) if proposed else throttle.missed()
         assert 0 <= throttle.acceptance <= 1
-    assert throttle.total.accepted <= throttle.total.proposed
 
 
-def run(policy, rate, rows, steps=600, seed=0):
-    rng, throttle, counts = np.random.default_rng(seed), Throttle(policy), []
+def run(policy, rate, steps=600, seed=0, throttle=None):
+    """One row whose proposals are right at `rate`; whether the gate opened, step by step."""
+    rng, gate, opened = np.random.default_rng(seed), Gate(), []
+    throttle = throttle or Throttle(policy)
     for _ in range(steps):
-        count = throttle.proposals(rows)
-        right = rng.random(count) < rate
-        throttle.update(count, int(np.cumprod(right).sum()))
-        counts.append(count)
-    return throttle, counts
+        opened.append(gate.opens(policy, [throttle], 1))
+        if opened[-1]:
+            right = rng.random(policy.most) < rate
+            throttle.update(policy.most, int(np.cumprod(right).sum()))
+    return throttle, opened
 
 
 def test_it_settles_at_what_is_accepted():
-    policy = Policy(most=6, free=64, draft_cost=0.1, weight=0.05)
-    good, counts = run(policy, 0.9, rows=1)
-    assert good.acceptance == pytest.approx(0.9, abs=0.15)
-    assert np.mean(counts[100:]) == pytest.approx(policy.best(0.9, 1), abs=1)
-    assert good.total.tokens_per_step == pytest.approx(expected_tokens(0.9, 6), rel=0.15)
-    _, counts = run(policy, 0.02, rows=1)
-    assert sum(counts[100:]) <= 2 * len(counts[100:]) / policy.probe_every  # only now and then a try
+    policy = Policy(most=4, costs=((1, 1.6),), weight=0.05)
+    throttle, opened = run(policy, 0.9)
+    assert throttle.acceptance == pytest.approx(0.9, abs=0.15) and all(opened)
+    _, opened = run(policy, 0.02)
+    assert sum(opened[100:]) <= 500 / policy.probe_every  # only now and then a try
 
 
 def test_a_sequence_that_begins_to_repeat_is_found_again():
-    policy = Policy(most=4, free=64, draft_cost=0.1, probe_every=8)
-    throttle, _ = run(policy, 0.0, rows=1, steps=200)
-    assert throttle.proposals(1) <= 1
-    for _ in range(400):
-        count = throttle.proposals(1)
-        throttle.update(count, count)
-    assert throttle.proposals(1) == 4
+    policy = Policy(most=4, costs=((1, 1.6),), probe_every=8)
+    throttle, opened = run(policy, 0.0, steps=200)
+    assert not all(opened[-9:])
+    _, opened = run(policy, 1.0, steps=100, throttle=throttle)
+    assert all(opened[-20:])
 
 
-def test_a_full_batch_is_left_alone():
-    _, counts = run(Policy(most=4, free=16, probe_every=4), 1.0, rows=16)
-    assert not any(counts)
+def test_nothing_is_tried_where_nothing_can_be_gained():
+    _, opened = run(Policy(most=2, costs=((1, 3.0),), probe_every=4), 1.0)
+    assert not any(opened)
+
+
+def test_look_ups_in_vain_close_the_gate():
+    policy = Policy(most=4, costs=((1, 1.6),))
+    throttle, gate = Throttle(policy), Gate()
+    for _ in range(40):
+        if gate.opens(policy, [throttle], 1):
+            throttle.missed()
+    assert not gate.opens(policy, [throttle], 1)
 
 
 def test_statistics():

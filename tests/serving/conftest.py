@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from llm_jax.data.tokenizer_training import train_tokenizer
-from llm_jax.inference.engine import Engine, EngineConfig
+from llm_jax.inference.engine import Engine
+from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig, init_params
 from tests.serving.doubles import ForeignStub, RunningServer, running_server, wait_until

@@ -9,10 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from llm_jax.inference.generation_config import SamplingDefaults
-from llm_jax.inference.request import Delta, PromptTooLong, QueueFull, SamplingParams, Unavailable, Usage
+from llm_jax.inference.request import (
+    Delta,
+    PromptLogprob,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+    Unavailable,
+    Usage,
+)
 from serving.server import Server
 
 BOS, EOS = 1, 2
@@ -29,9 +38,13 @@ class FakeService:
     """Behaves like `llm_jax.inference.service.Service`; its "model" repeats the prompt for ever.
 
     Attributes:
-      submitted: (prompt ids, parameters, priority) of every accepted request, in order.
+      submitted: (prompt ids, parameters, priority) of every accepted request, in order; of an embedding the parameters
+        are its pooling.
+      terms: (tenant, deadline in seconds) of each call of `submit_samples`.
       cancelled: ids of requests cancelled while they ran.
-      faults: what happens instead of an answer, by the prompt's text: an exception to raise from `submit`, or a Delta.
+      faults: what happens instead of an answer, by the prompt's text: an exception to raise from `submit_samples`, or a
+        Delta, or for each sample its deltas.
+      hold: `submit_samples` of a request with a constraint waits for it.
     """
 
     max_context = 10_000
@@ -41,9 +54,12 @@ class FakeService:
     defaults = SamplingDefaults()
 
     def __init__(self, *, step_s: float = 0.001, max_running: int = 64) -> None:
-        self.submitted: list[tuple[tuple[int, ...], SamplingParams, int]] = []
+        self.submitted: list[tuple[tuple[int, ...], SamplingParams | str, int]] = []
+        self.terms: list[tuple[str, float | None]] = []
         self.cancelled: list[int] = []
-        self.faults: dict[str, Exception | Delta] = {}
+        self.faults: dict[str, Exception | Delta | list[list[Delta]]] = {}
+        self.hold = threading.Event()
+        self.hold.set()
         self.is_live = True
         self.closed = False
         self._step_s = step_s
@@ -58,31 +74,51 @@ class FakeService:
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         return [BOS] * add_bos + [ord(c) + 3 for c in text]
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Callable[[Delta], None],
-               priority: int = 0) -> int:
-        text = "".join(chr(i - 3) for i in prompt_ids if i > 2)
+    def submit_samples(self, prompt_ids: Sequence[int], params: Sequence[SamplingParams],
+                       listeners: Sequence[Callable[[Delta], None]], priority: int = 0, *, tenant: str = "",
+                       deadline_s: float | None = None) -> list[int]:
+        text = _text(prompt_ids)
         fault = self.faults.get(text)
         if isinstance(fault, Exception):
             raise fault
+        if params[0].constraint is not None:
+            self.hold.wait(5)
+        answers = [iter(fault[i]) if isinstance(fault, list) else iter([fault]) if fault
+                   else self._answer(text, len(prompt_ids), p) for i, p in enumerate(params)]
+        ids = self._start(prompt_ids, list(params), answers, listeners, priority)
+        self.terms.append((tenant, deadline_s))
+        return ids
+
+    def embed(self, prompt_ids: Sequence[int], pooling: str, listener: Callable[[Delta], None],
+              priority: int = 0) -> int:
+        fault = self.faults.get(_text(prompt_ids)) or Delta(
+            finish_reason="stop", usage=Usage(len(prompt_ids), 0), embedding=np.array(prompt_ids, np.float32))
+        return self._start(prompt_ids, [pooling], [iter([fault])], [listener], priority)[0]
+
+    def _start(self, prompt_ids, params, answers, listeners, priority) -> list[int]:
         if len(prompt_ids) > self.max_prompt_tokens:
             raise PromptTooLong(f"the prompt has {len(prompt_ids)} tokens; at most {self.max_prompt_tokens} fit")
         if not self.is_live:
             raise Unavailable("stopped")
         with self._lock:
-            if len(self._running) >= self._max_running:
+            if len(self._running) + len(params) > self._max_running:
                 raise QueueFull("too many requests are waiting")
-            request_id = len(self.submitted)
-            self.submitted.append((tuple(prompt_ids), params, priority))
-            self._running[request_id] = iter([fault]) if fault else self._answer(text, len(prompt_ids), params)
-            self._listeners[request_id] = listener
-        return request_id
+            ids = [len(self.submitted) + i for i in range(len(params))]
+            self.submitted += [(tuple(prompt_ids), p, priority) for p in params]
+            self._running |= dict(zip(ids, answers, strict=True))
+            self._listeners |= dict(zip(ids, listeners, strict=True))
+        return ids
 
     def _answer(self, text: str, num_prompt: int, params: SamplingParams) -> Iterator[Delta]:
+        """As much as is asked for is told of each token: the likeliest are the tokens 0, 1, 2 …"""
+        told = () if params.prompt_logprobs is None else tuple(
+            PromptLogprob(i, -0.25 * i, _likeliest(params.prompt_logprobs)) for i in range(1, num_prompt))
         for i in range(params.max_tokens):
             c = text[i % len(text)] if text else "x"
             last = i + 1 == params.max_tokens
             yield Delta(text=c, token_ids=(ord(c) + 3,), logprobs=(-0.5,), finish_reason="length" if last else None,
-                        usage=Usage(num_prompt, i + 1) if last else None)
+                        top_logprobs=(_likeliest(params.logprobs),) if params.logprobs else (),
+                        prompt_logprobs=() if i else told, usage=Usage(num_prompt, i + 1, 2) if last else None)
 
     def cancel(self, request_id: int) -> None:
         with self._lock:
@@ -90,7 +126,7 @@ class FakeService:
                 self.cancelled.append(request_id)
 
     def stats(self) -> dict:
-        return {"running": len(self._running)}
+        return {"running": len(self._running), "waiting": 0, "steps": len(self.submitted)}
 
     def begin_drain(self) -> None:
         self.is_live = False
@@ -111,6 +147,14 @@ class FakeService:
                         self._running.pop(request_id, None)
                 self._listeners[request_id](delta)
             time.sleep(self._step_s)
+
+
+def _text(prompt_ids: Sequence[int]) -> str:
+    return "".join(chr(i - 3) for i in prompt_ids if i > 2)
+
+
+def _likeliest(count: int) -> tuple[tuple[int, float], ...]:
+    return tuple((i, -float(i)) for i in range(count))
 
 
 class RunningServer:

@@ -10,8 +10,9 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from llm_jax.inference.request import Delta
+from llm_jax.inference.request import Delta, Usage
 from serving import messages
+from serving.calls import LONG_TEXT, MAX_PREPARING
 from tests.serving.doubles import FakeService, ForeignStub, running_server, wait_until
 
 
@@ -54,7 +55,7 @@ def test_a_full_queue_takes_none_of_a_requests_samples():
         next(first)
         code, said = _status(stub.Decode(stub.text_request("cd", max_tokens=9000, num_samples=3)))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "waiting" in said
-        assert running.service.cancelled == [2, 3]
+        assert len(running.service.submitted) == 2 and not running.service.cancelled
         assert _text(stub.Decode(stub.text_request("ef", max_tokens=4))) == "efef"
         first.cancel()
 
@@ -79,15 +80,37 @@ def test_a_reader_that_lags_gets_everything_in_larger_pieces_and_delays_nobody()
 def test_a_fault_ends_one_request(server, stub, capfd):
     service = server.service
     service.faults = {"raise": RuntimeError("no such luck"), "fail": Delta(finish_reason="error", error="went wrong"),
-                      "cut": Delta(finish_reason="cancelled")}
+                      "cut": Delta(finish_reason="cancelled"),
+                      "late": Delta(finish_reason="deadline", usage=Usage(3, 0))}
     other = stub.Decode(stub.text_request("ab", max_tokens=100))
     code, said = _status(stub.Decode(stub.text_request("raise", max_tokens=4)))
     assert code == grpc.StatusCode.INTERNAL and "no such luck" in said
     assert "Traceback" in capfd.readouterr().err
     assert _status(stub.Decode(stub.text_request("fail", max_tokens=4))) == (grpc.StatusCode.INTERNAL, "went wrong")
     assert _status(stub.Decode(stub.text_request("cut", max_tokens=4)))[0] == grpc.StatusCode.CANCELLED
+    assert _status(stub.Decode(stub.text_request("late", max_tokens=4)))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
     assert _text(other) == "ab" * 50
     assert stub.is_live()
+
+
+def test_a_constraint_that_takes_long_to_prepare_stops_nobody(server, stub, channel):
+    """It is prepared on another thread; a client that leaves meanwhile leaves nothing behind."""
+    service = server.service
+    service.hold.clear()
+    request = messages.GenerateRequest(text="ab", sampling=messages.Sampling(max_tokens=9000, regex="x*"))
+    generate = channel.unary_stream(f"/{messages.INFERENCE}/Generate", messages.GenerateRequest.SerializeToString)
+    leaving = [generate(request, timeout=20) for _ in range(MAX_PREPARING + 2)]
+    try:
+        long = stub.text_request("ab" * LONG_TEXT, max_tokens=4)  # encoded on a thread too
+        assert _text(stub.Decode(long)) == "abab"
+        assert wait_until(lambda: server.server.calls.running == len(leaving))
+        for call in leaving:
+            call.cancel()
+        assert wait_until(lambda: server.server.calls.running == 0)
+    finally:
+        service.hold.set()
+    assert wait_until(lambda: len(service.submitted) > 1 and not service.stats()["running"])
+    assert wait_until(lambda: len(service.cancelled) == len(service.submitted) - 1)
 
 
 def test_health_follows_the_engine(server, stub, channel):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import serving
+from llm_jax.inference.request import Constraint, SamplingParams
 from serving import client
 from tests.serving.doubles import running_server
 
@@ -42,7 +43,7 @@ def test_json_is_one_object(server):
     answer = json.loads(done.stdout)
     assert answer.pop("time_to_first_token_s") > 0 and answer.pop("tokens_per_second") > 0
     assert answer == {"text": "é\né\n", "token_ids": [236, 13, 236, 13], "logprobs": [-0.5] * 4,
-                      "finish_reason": "length", "prompt_tokens": 3, "completion_tokens": 4}
+                      "finish_reason": "length", "prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 2}
     assert done.stderr == b""
 
 
@@ -54,7 +55,43 @@ def test_jetstream_flag(server, capfd):
     assert "no field for --top_k" in capfd.readouterr().err
 
 
+def test_every_flag_arrives(server, tmp_path, capfd):
+    (tmp_path / "schema").write_text('{"enum": ["你"]}', encoding="utf-8")
+    service = server.service
+    before = len(service.submitted), len(service.terms)
+    assert client.main([
+        f"--address={server.address}", "--prompt=ab", "--max_tokens=2", "--temperature=0.5", "--top_k=3", "--top_p=0.9",
+        "--min_p=0.1", "--repetition_penalty=1.2", "--presence_penalty=0.3", "--frequency_penalty=0.4", "--seed=5",
+        "--stop=x", "--stop_id=7", "--stop_id=8", "--logit_bias=9=-2.5", "--min_tokens=1", "--ignore_eos",
+        "--top_logprobs=2", "--prompt_logprobs=1", f"--json_schema={tmp_path / 'schema'}", "--num_samples=2",
+        "--best_of=3", "--priority=4", "--tenant=me", "--deadline_seconds=60", "--json"]) == 0
+    expected = SamplingParams(
+        max_tokens=2, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=0.4, seed=5, stop=("x",), stop_ids=(7, 8), logit_bias=((9, -2.5),), min_tokens=1,
+        ignore_eos=True, logprobs=2, prompt_logprobs=1, constraint=Constraint("json_schema", '{"enum": ["你"]}'))
+    assert service.submitted[before[0]:][0][1:] == (expected, 4) and len(service.submitted) - before[0] == 3
+    assert service.terms[before[1]:] == [("me", 60.0)]
+    answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [a["text"] for a in answers] == ["ab", "ab"]
+    assert answers[0]["top_logprobs"] == [[[0, 0.0], [1, -1.0]]] * 2
+    assert answers[0]["prompt_logprobs"][1] == {"token_id": 2, "logprob": -0.5, "top": [[0, 0.0]]}
+    assert client.main([f"--address={server.address}", "--prompt=ab", "--max_tokens=3", "--num_samples=2"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "--- 1 of 2\naba\n--- 2 of 2\naba\n" and err.startswith("[length; 6 tokens;")
+
+
+def test_embeddings_are_a_line_each(server, capfd):
+    assert client.main([f"--address={server.address}", "--prompt=ab", "--prompt=c", "--embed=mean"]) == 0
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [
+        {"embedding": [1.0, 100.0, 101.0]}, {"embedding": [1.0, 102.0]}]
+
+
 @pytest.mark.parametrize(("args", "said"), [
+    (["--prompt=x", "--prompt=y"], "one --prompt at a time"),
+    (["--prompt=x", "--regex=a", "--grammar=b"], "exclude each other"),
+    (["--prompt=x", "--grammar=/nowhere"], "cannot read /nowhere"),
+    (["--prompt=x", "--logit_bias=5"], "--logit_bias must be ID=AMOUNT"),
+    (["--prompt=x", "--logit_bias=5=1000"], "logit_bias must be"),
     (["--address=127.0.0.1:1", "--prompt=x"], "error: no server at 127.0.0.1:1"),
     (["--prompt=x", "--temperature=-1"], "temperature must be"),
     (["--prompt=x", "--seed=-1"], "can't be sent"),

@@ -17,10 +17,10 @@ from tests.serving.doubles import ForeignStub, wait_until
 
 CODE = grpc.StatusCode
 DECODE, HEALTH = f"/{messages.ORCHESTRATOR}/Decode", f"/{messages.ORCHESTRATOR}/HealthCheck"
-GENERATE, MODEL = f"/{messages.INFERENCE}/Generate", f"/{messages.INFERENCE}/GetModel"
+GENERATE, EMBED, MODEL = (f"/{messages.INFERENCE}/{name}" for name in ("Generate", "Embed", "GetModel"))
 CHECK, REFLECT = "/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 # What bad input may be answered with; the queue of this engine is short, so a good request may find it full.
-FINE = {CODE.OK, CODE.INVALID_ARGUMENT, CODE.RESOURCE_EXHAUSTED, CODE.CANCELLED}
+FINE = {CODE.OK, CODE.DEADLINE_EXCEEDED, CODE.INVALID_ARGUMENT, CODE.RESOURCE_EXHAUSTED, CODE.CANCELLED}
 INT32 = (-2**31, -1, 0, 1, 2, 3, 7, 319, 320, 2**31 - 1)
 FLOATS = (-1.0, -0.0, 0.0, 1e-320, 1e-6, 0.5, 1.0, 1.0000001, 2.0, 100.0, 1e308, float("inf"), -float("inf"),
           float("nan"))
@@ -111,14 +111,34 @@ def _generate_request(rng: random.Random):
         max_tokens=_sometimes(rng, INT32, 3), temperature=_sometimes(rng, FLOATS, 0.7),
         top_k=_sometimes(rng, INT32, 0), top_p=_sometimes(rng, FLOATS, None), seed=_sometimes(rng, SEEDS, 5),
         stop=_sometimes(rng, STOPS, ()), ignore_eos=rng.random() < 0.5, logprobs=rng.random() < 0.5,
-        num_samples=_sometimes(rng, INT32, 1))
-    request = messages.GenerateRequest(sampling=sampling, priority=rng.choice(INT32))
+        num_samples=_sometimes(rng, INT32, 1), best_of=_sometimes(rng, INT32, 0), min_p=_sometimes(rng, FLOATS, None),
+        repetition_penalty=_sometimes(rng, FLOATS, None), presence_penalty=_sometimes(rng, FLOATS, 0.5),
+        frequency_penalty=_sometimes(rng, FLOATS, 0.0), min_tokens=_sometimes(rng, INT32, None),
+        logit_bias=_sometimes(rng, ({-1: 1.0}, {320: 1.0}, {5: 1e308}, dict.fromkeys(range(310), 1.0)), {7: -1.0}),
+        stop_ids=_sometimes(rng, ([-1], [320], [3] * 65), [2]), top_logprobs=_sometimes(rng, INT32, 2),
+        prompt_logprobs=_sometimes(rng, INT32, None))
+    if rng.random() < 0.1:  # few: each text that is new is tried in a process of its own
+        setattr(sampling, rng.choice(("json_schema", "regex", "grammar")), rng.choice(("", "{", "{}", "(a|b)+", "\0")))
+    request = messages.GenerateRequest(sampling=sampling, priority=rng.choice(INT32), tenant=_sometimes(rng, TEXTS, ""),
+                                       deadline_seconds=_sometimes(rng, FLOATS, None))
     if rng.random() < 0.6:
         request.text = rng.choice(TEXTS)
     elif rng.random() < 0.9:
         request.token_ids.ids.extend(_sometimes(rng, ([], [-1], [320], [5] * 511, [5] * 512, [2**31 - 1]),
                                                 [1, 9, 2, 0]))
         request.token_ids.SetInParent()
+    return request
+
+
+def _embed_request(rng: random.Random):
+    request = messages.EmbedRequest(pooling=_sometimes(rng, (-1, 1, 2, 3, 2**31 - 1), 0), priority=rng.choice(INT32))
+    for _ in range(_sometimes(rng, (0, 2, 9, 65), 1)):
+        one = request.inputs.add()
+        if rng.random() < 0.7:
+            one.text = rng.choice(TEXTS)
+        elif rng.random() < 0.8:
+            one.token_ids.ids.extend(_sometimes(rng, ([], [-1], [320], [5] * 511, [5] * 512), [1, 9]))
+            one.token_ids.SetInParent()
     return request
 
 
@@ -142,8 +162,8 @@ def _run_all(address: str, work, number: int, workers: int = 8) -> list:
 
 def test_random_bytes_are_refused_or_answered(server):
     def work(channel, rng):
-        method = rng.choice((DECODE, DECODE, GENERATE, GENERATE, HEALTH, MODEL, CHECK, REFLECT))
-        make = _decode_request if method == DECODE else _generate_request
+        method = rng.choice((DECODE, DECODE, GENERATE, GENERATE, EMBED, HEALTH, MODEL, CHECK, REFLECT))
+        make = {DECODE: _decode_request, EMBED: _embed_request}.get(method, _generate_request)
         data = (rng.randbytes(rng.choice((0, 1, 2, 9, 50, 2000))) if rng.random() < 0.4
                 else _mutated(rng, make(rng).SerializeToString()))
         if method == REFLECT:
@@ -157,7 +177,8 @@ def test_random_bytes_are_refused_or_answered(server):
     assert {CODE.OK, CODE.INVALID_ARGUMENT} <= {code for _, code, _, _ in results}
 
 
-@pytest.mark.parametrize(("method", "make"), [(DECODE, _decode_request), (GENERATE, _generate_request)])
+@pytest.mark.parametrize(("method", "make"), [(DECODE, _decode_request), (GENERATE, _generate_request),
+                                               (EMBED, _embed_request)])
 def test_field_values_at_their_edges_are_refused_or_answered(server, method, make):
     def work(channel, rng):
         request = make(rng)

@@ -15,14 +15,15 @@ from serving import messages
 from tests.serving.doubles import jetstream_description
 
 PROTOS = pathlib.Path(serving.__file__).parent / "protos"
-FIELD = re.compile(r"^\s*(?:optional\s+|repeated\s+)?[\w.]+\s+(\w+)\s*=\s*(\d+);", re.MULTILINE)
+FIELD = re.compile(r"^\s*(?:optional\s+|repeated\s+)?(?:[\w.]+|map<\w+, \w+>)\s+(\w+)\s*=\s*(\d+);", re.MULTILINE)
 
 
 def _fields(message, prefix=""):
     for field in message.fields:
         yield f"{prefix}{message.name}.{field.name}", field.number, field.type, field.is_repeated
     for nested in message.nested_types:
-        yield from _fields(nested, f"{prefix}{message.name}.")
+        if not nested.GetOptions().map_entry:  # not written down
+            yield from _fields(nested, f"{prefix}{message.name}.")
 
 
 @pytest.mark.parametrize("name", ["jetstream.proto", "llm_jax_serving_v1.proto"])
@@ -52,6 +53,18 @@ def test_jetstream_fields_are_upstreams():
     assert ours == theirs | extra
 
 
+def test_numbers_of_before_are_what_they_were():
+    """A client of the first version of the project's own service finds every field where it knows it."""
+    known = {"GenerateRequest": ["text", "token_ids", "sampling", "priority"], "TokenIds": ["ids"], "Sampling": [
+        "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "logprobs", "num_samples"],
+        "GenerateResponse": ["sample", "text", "token_ids", "logprobs", "finish_reason", "usage"],
+        "Usage": ["prompt_tokens", "completion_tokens", "seconds_to_first_token"],
+        "Model": ["max_context", "max_prompt_tokens", "vocab_size", "bos_id", "end_ids"]}
+    for name, fields in known.items():
+        described = messages.POOL.FindMessageTypeByName(f"llm_jax.serving.v1.{name}").fields_by_number
+        assert [described[number].name for number in range(1, len(fields) + 1)] == fields
+
+
 def test_nothing_is_registered_where_google_jetstream_registers():
     """In the default pool, an altered file of the same package and name can still be added after our import."""
     program = """
@@ -69,6 +82,6 @@ assert messages.DecodeRequest(max_tokens=3).max_tokens == 3
 
 
 def test_finish_reasons_have_names():
-    for reason in (None, "stop", "length"):
+    for reason in (None, "stop", "length", "deadline"):
         assert messages.finish_reason_name(messages.finish_reason_number(reason)) == reason
     assert messages.finish_reason_name(99) == "99"

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import serving
+from experiments import serve
 from llm_jax import runs
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.data.tokenizer_training import train_tokenizer
+from llm_jax.errors import UserError
+from llm_jax.inference.engine_config import EngineConfig
+from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig, init_params
+from serving import server
 from serving.client import Client, RequestFailed
+from serving.reporting import reporting
+from tests.serving.doubles import FakeService, wait_until
 
 ROOT = pathlib.Path(serving.__file__).parent.parent
 SMALL = ("--max_rows=1", "--prefill_rows=1", "--chunk=16", "--page_size=8", "--dtype=float32")
@@ -57,8 +68,8 @@ def _listing(folder):
 def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = _listing(run_dir)
-    process = subprocess.Popen(_command(run_dir, "--max_queue=2", "--max_context=4000", *SMALL), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(_command(run_dir, "--max_queue=2", "--max_context=4000", "--stats_seconds=0.1", *SMALL),
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         lines = []
         while not (lines and lines[-1].startswith("ready: ")):
@@ -76,7 +87,11 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
             long = client.generate("def", max_tokens=3900, ignore_eos=True)
             next(long)
             process.send_signal(signal.SIGTERM)
-            assert process.stdout.readline().startswith("stopping: 1 running")
+            said = []
+            while not (said and said[-1].startswith("stopping: ")):
+                said.append(process.stdout.readline())
+                assert said[-1], process.stderr.read()
+            assert said[-1].startswith("stopping: 1 running")
             assert not client.health()
             with pytest.raises(RequestFailed, match="UNAVAILABLE"):
                 list(client.generate("def", max_tokens=1))
@@ -85,7 +100,10 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     finally:
         process.kill()
         process.communicate()
-    assert (process.returncode, out) == (0, "stopped\n") and "Traceback" not in err
+    assert (process.returncode, out.splitlines()[-1]) == (0, "stopped") and "Traceback" not in err
+    # While something happened, a line of statistics now and then.
+    lines = said[:-1] + out.splitlines()[:-1]
+    assert lines and all(" running, 0 waiting, " in line and "% used" in line for line in lines)
     assert _listing(run_dir) == before
 
 
@@ -114,8 +132,8 @@ def test_a_signal_while_it_compiles_ends_it_at_once(run_dir, tmp_path, monkeypat
     (lambda run: None, ("--num_pages=1",), "num_pages=1"),
     (lambda run: None, ("--decode_top_p=0",), "top_p must be"),
     (lambda run: None, ("--grace_seconds=-1",), "grace_seconds=-1"),
-    (lambda run: None, ("--dtype=bf16",), "dtype must be float32 or bfloat16, not 'bf16'"),
-    (lambda run: None, ("--dtype=float64",), "dtype must be float32 or bfloat16, not 'float64'"),
+    (lambda run: None, ("--tensor=64",), "tensor=64"),
+    (lambda run: None, ("--dtype=bf16",), "dtype must be one of float32, bfloat16, not 'bf16'"),
 ])
 def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, said):
     copy = tmp_path / "run"
@@ -130,3 +148,83 @@ def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, 
     assert line.startswith("error: ") and said in line
     assert not any(warning.startswith(("error", "Traceback")) for warning in warnings)
     assert "ready" not in done.stdout
+
+
+def test_every_flag_reaches_the_engine(monkeypatch):
+    """Their names are those of the settings; what is not given is left to the engine."""
+    calls = []
+    monkeypatch.setattr(Service, "from_run", lambda *args, **more: calls.append((args, more)) or FakeService())
+    monkeypatch.setattr(server, "serve", lambda service, **more: service.close() or 0)
+    assert serve.main(["--run_dir=here", "--port=0"]) == 0
+    settings = {"max_rows": 3, "prefill_rows": 2, "chunk": 5, "page_size": 4, "num_pages": 9, "max_context": 20,
+                "dtype": "bfloat16", "cache_dtype": "int8", "tensor": 2, "prefix_cache": False, "shared_prefixes": True,
+                "swap_pages": 6, "max_proposed": 2, "deterministic": False}
+    assert set(settings) == {field.name for field in dataclasses.fields(EngineConfig)}
+    assert serve.main(["--run_dir=here", "--port=0", "--max_queue=7", "--max_wait_seconds=1.5", "--ageing_seconds=2",
+                       "--draft_run_dir=there", *(f"--{name}={value}" for name, value in settings.items())]) == 0
+    assert serve.main(["--run_dir=here", "--port=0", "--draft_run_dir=there", "--max_rows=1"]) == 0
+    assert serve.main(["--run_dir=here", "--port=0", "--deterministic"]) == 0
+    say = calls[0][1].pop("on_event")
+    assert callable(say) and calls[0] == (("here", EngineConfig()), {})
+    assert calls[1][0] == ("here", EngineConfig(**settings))
+    assert calls[1][1] | {"on_event": None} == {"max_queue": 7, "max_wait_s": 1.5, "ageing_s": 2, "on_event": None,
+                                                "draft_run_dir": "there"}
+    assert calls[2][0][1] == EngineConfig(max_rows=1, max_proposed=4)
+    assert calls[3][0][1] == EngineConfig(deterministic=True)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--stats_seconds=-1"], "stats_seconds=-1"), (["--max_wait_seconds=0"], "max_wait_seconds=0"),
+    (["--ageing_seconds=0"], "ageing_seconds=0"), (["--cache_dtype=int4"], "cache_dtype must be one of"),
+    (["--dtype=float64"], "dtype must be one of float32, bfloat16, not 'float64'"),
+    (["--deterministic", "--max_proposed=2"], "max_proposed=0"), (["--prefix_cache=2"], "prefix_cache"),
+])
+def test_flags_out_of_range_are_named(flags, said):
+    with pytest.raises(UserError, match=said):
+        serve.main(["--run_dir=/nowhere", "--port=0", *flags])
+
+
+class Counting:
+    """As much of a service as a report reads."""
+
+    def __init__(self):
+        self.now = {"steps": 0, "running": 0, "waiting": 0}
+        self.asked = 0
+        self.statistics = types.SimpleNamespace(line=lambda now: f"{now['steps']} steps")
+
+    def stats(self):
+        self.asked += 1
+        return dict(self.now)
+
+
+def test_statistics_are_said_while_something_happens(monkeypatch):
+    service, said = Counting(), []
+    reader, writer = os.pipe()
+    with open(writer, "w") as pipe, reporting(service, 0.005, said.append):
+        monkeypatch.setattr(sys, "stdout", pipe)
+
+        def rounds(count):
+            until = service.asked + count
+            assert wait_until(lambda: service.asked >= until)
+            return len(said)
+
+        assert rounds(3) == 0
+        service.now["steps"] = 7
+        rounds(3)
+        assert said == ["7 steps"]
+        service.now["waiting"] = 1  # nothing runs, but somebody waits for it
+        assert rounds(4) >= 2
+        service.now["waiting"] = 0
+        rounds(2)
+        # A launcher that has stopped reading holds nobody up.
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        before = len(said)
+        service.now["steps"] = 8
+        assert rounds(3) == before
+    os.close(reader)
+    asked = service.asked
+    with reporting(service, 0, said.append):
+        assert service.asked == asked
