@@ -28,6 +28,9 @@ _TILE_BYTES = 2**19
 _MOST_PAGES = 32
 _QUARTER = 4
 
+# From so many queries a row on, a row's pages are read in blocks of so many tokens.
+_LONG, _BLOCK_TOKENS = 16, 256
+
 _Carry = tuple[Array, Array, Array]  # running maximum [R, G, A], sum [R, G, A], weighted values [R, G, A, V]
 
 
@@ -54,7 +57,8 @@ def attend(q_BTHK: Array, k_BTGK: Array, v_BTGV: Array | None, context: PagedCon
         if work is None:
             raise ValueError(f"the step has no work lists for layers {'with' if local else 'without'} a window")
         q_RTGMK = q_NGMK[part].reshape(-1, length, G, H // G, K)
-        outputs.append(_attend(q_RTGMK, position_RT, cache, work, V, window, soft_cap))
+        attend_part = _attend_by_rows if length >= _LONG else _attend
+        outputs.append(attend_part(q_RTGMK, position_RT, cache, work, V, window, soft_cap))
     out_NHV = jnp.concatenate([o.reshape(-1, H, V) for o in outputs])
     return out_NHV[None].astype(q_BTHK.dtype), cache
 
@@ -181,6 +185,59 @@ def _attend(q_RTGMK: Array, position_RT: Array, cache: tuple[Array, ...], work: 
     carry = jax.lax.fori_loop(0, full, functools.partial(trip, group, 0), _start(R, G, T * M, V))
     carry = jax.lax.fori_loop(0, (left + quarter - 1) // quarter, functools.partial(trip, quarter, full * group), carry)
     return jnp.transpose(_finish(carry).reshape(R, G, T, M, V), (0, 2, 1, 3, 4))
+
+
+def _attend_by_rows(q_RTGMK: Array, position_RT: Array, cache: tuple[Array, ...], work: WorkList, V: int,
+                    window: int | None, soft_cap: float | None) -> Array:
+    """As `_attend`, a row at a time against blocks of its pages: with many queries a row, the products are then of a
+    size that pays, and a trip touches the running sums of one row alone."""
+    R, T, G, M, K = q_RTGMK.shape
+    S, W, A = cache[0].shape[2], work.row_W.shape[0], T * M
+    B = max(1, min(_BLOCK_TOKENS // S, W))
+    q_RGAK = jnp.transpose(q_RTGMK, (0, 2, 1, 3, 4)).reshape(R, G, A, K)
+    position_RA = jnp.repeat(position_RT, M, axis=1)
+    page_W, start_W = (jnp.pad(a, (0, B)) for a in (work.page_W, work.start_W))
+    mine_RW = (work.row_W == jnp.arange(R)[:, None]) & (jnp.arange(W) < work.count)
+    count_R, first_R = jnp.sum(mine_RW, axis=1), jnp.argmax(mine_RW, axis=1)
+
+    def row(r: Array, out_RGAV: Array) -> Array:
+        q_GAK, position_A = q_RGAK[r], position_RA[r]
+        earliest = jnp.min(jnp.where(position_A < 0, jnp.iinfo(jnp.int32).max, position_A))
+
+        def trip(t: Array, carry: _Carry) -> _Carry:
+            m_GA, l_GA, acc_GAV = carry
+            page_B, start_B = (jax.lax.dynamic_slice(a, (first_R[r] + t * B,), (B,)) for a in (page_W, start_W))
+            live_B = t * B + jnp.arange(B) < count_R[r]
+            key_BS = start_B[:, None] + jnp.arange(S)
+            seen_BS = live_B[:, None] & (key_BS <= jnp.max(position_A))
+            visible_BSA = key_BS[..., None] <= position_A
+            if window is not None:
+                seen_BS &= key_BS > earliest - window
+                visible_BSA &= key_BS[..., None] > position_A - window
+            tile = _read(cache, page_B, seen_BS, V, q_GAK.dtype)
+            # Queries are the minor axis: sums and maxima over keys are then of whole vectors.
+            scores_BGSA = jnp.einsum("bgsk,gak->bgsa", tile.k_WGSK, q_GAK, preferred_element_type=jnp.float32)
+            if tile.k_scale_WGS is not None:
+                scores_BGSA *= tile.k_scale_WGS[..., None]
+            if soft_cap is not None:
+                scores_BGSA = soft_cap * jnp.tanh(scores_BGSA / soft_cap)
+            scores_BGSA = jnp.where((visible_BSA & seen_BS[..., None])[:, None], scores_BGSA, _NEG)
+            new_m_GA = jnp.maximum(m_GA, jnp.max(scores_BGSA, axis=(0, 2)))
+            p_BGSA = jnp.exp(scores_BGSA - new_m_GA[:, None])
+            keep_GA = jnp.exp(m_GA - new_m_GA)
+            l_GA = l_GA * keep_GA + jnp.sum(p_BGSA, axis=(0, 2))
+            if tile.v_scale_WGS is not None:
+                p_BGSA *= tile.v_scale_WGS[..., None]
+            pv_GAV = jnp.einsum("bgsa,bgsv->gav", p_BGSA.astype(tile.v_WGSV.dtype), tile.v_WGSV,
+                                preferred_element_type=jnp.float32)
+            return new_m_GA, l_GA, acc_GAV * keep_GA[..., None] + pv_GAV
+
+        carry = jax.tree.map(lambda a: a[0], _start(1, G, A, V))
+        carry = jax.lax.fori_loop(0, (count_R[r] + B - 1) // B, trip, carry)
+        return out_RGAV.at[r].set(_finish(carry))
+
+    out_RGAV = jax.lax.fori_loop(0, R, row, jnp.zeros((R, G, A, V), jnp.float32))
+    return jnp.transpose(out_RGAV.reshape(R, G, T, M, V), (0, 2, 1, 3, 4))
 
 
 def _attend_in_order(q_NGMK: Array, context: PagedContext, cache: tuple[Array, ...], V: int, window: int | None,
