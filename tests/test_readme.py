@@ -37,4 +37,5 @@ def test_modules_that_commands_name_exist():
     command = re.compile(r"python -m ((?:experiments|serving|benchmarks)\.\w+)")
     for page in PAGES:
         for module in command.findall(page.read_text(encoding="utf-8")):
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: {module}"
