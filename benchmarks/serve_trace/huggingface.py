@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve_trace.huggingface --hf_dir=runs/mine/huggingface --threads=2
 
-Its settings are the fastest that were found on a CPU: attention by `sdpa` (eager was many times slower in continuous
+Its settings are the fastest of a few that were tried on a CPU: attention by `sdpa` (eager was far slower in continuous
 batching); a dynamic cache for `generate` (a static one is allocated anew for every batch, and was slower at 32);
 for continuous batching see `CONTINUOUS`. Nothing is compiled by torch: shapes change with every step.
 """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.kernels import paged_xla
 from llm_jax.kernels.attention import DenseContext, attention
 from llm_jax.kernels.paged import (
     PagedContext,
@@ -38,6 +39,20 @@ def run(q, k, v, context, cache, **options):
     return attention(q, k, v, context, cache, **options)
 
 
+GROUPS, ROWS = "pages in groups", "a row at a time"
+
+
+@pytest.fixture(params=[GROUPS, ROWS])
+def runner(request, monkeypatch):
+    """`run`, or the same with every row on the path of long chunks, in blocks of two pages."""
+    if request.param == GROUPS:
+        return run
+    monkeypatch.setattr(paged_xla, "_LONG", 1)
+    monkeypatch.setattr(paged_xla, "_BLOCK_TOKENS", 2 * PAGE)
+    return jax.jit(lambda *arguments, **options: attention(*arguments, **options),
+                   static_argnames=("scale", "window", "soft_cap", "value_dim"))
+
+
 def work_list(rows, capacity=24):
     """rows: (row, pages in order, the first of them that is read)."""
     items = [(row, page, i * PAGE) for row, pages, first in rows for i, page in enumerate(pages) if i >= first]
@@ -65,9 +80,9 @@ THREE = [([], [(0, 5), (1, 3)]), ([(1, 2)], [(0, 2), (2, 5)]), ([(0, 3), (2, 1),
          ([(2, 3)], [(0, 4)]), ([(0, 1), (2, 2)], []), ([(0, 2)], [])]
 
 
-@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(("width", "runner"), [(1, GROUPS), (3, GROUPS), (1, ROWS)], indirect=["runner"])
 @pytest.mark.parametrize("case", CASES)
-def test_paged(case, width):
+def test_paged(case, width, runner):
     """Sequences grow chunk by chunk and by a few tokens, on scattered pages, in steps that mix both. Unwritten slots
     and pages of nobody hold NaN, and so does every slot that has fallen out of its sequence's window."""
     heads, (g, key_width, value_width), options = CASES[case]
@@ -105,8 +120,8 @@ def test_paged(case, width):
         # With a window, the lists of other layers are there too, and must not be read.
         lists = lists if window is None else [work_list([]), work_list([]), *lists]
         context = PagedContext(position, slot, num_decode, CHUNK, *lists, decode_width=width)
-        out, pools = run(q[None], k[None], v[None] if value_width else None, context, tuple(pools), scale=SCALE,
-                         **options)
+        out, pools = runner(q[None], k[None], v[None] if value_width else None, context, tuple(pools), scale=SCALE,
+                            **options)
         pools = [np.array(pool) for pool in pools]
         for s, at, count in placed:
             got[s].append(np.asarray(out[0, at:at + count]))
@@ -214,7 +229,7 @@ class TestNarrowCaches:
 
     @pytest.mark.parametrize("dtype", BOUND)
     @pytest.mark.parametrize("widths", [(G, 16, 12), (1, 16, 0)], ids=["plain", "latent"])
-    def test_attention_over_narrow_entries(self, dtype, widths):
+    def test_attention_over_narrow_entries(self, dtype, widths, runner):
         """Exact for what the pools hold, and as near to unquantized attention as stated; unwritten slots hold NaN."""
         g, key_width, value_width = widths
         n, options = 19, ({} if value_width else {"value_dim": 7})
@@ -230,8 +245,8 @@ class TestNarrowCaches:
             for target, source in zip(step, (q, k, v), strict=True):
                 target[:len(span)] = source[span]
             lists = work_list([]), work_list([(0, table[:-(-(span[-1] + 1) // PAGE)], 0)])
-            got, pools = run(step[0][None], step[1][None], step[2][None] if value_width else None,
-                             PagedContext(position, slot, 0, CHUNK, *lists), pools, scale=SCALE, **options)
+            got, pools = runner(step[0][None], step[1][None], step[2][None] if value_width else None,
+                                PagedContext(position, slot, 0, CHUNK, *lists), pools, scale=SCALE, **options)
             out.append(np.asarray(got[0, :len(span)]))
         at = table[np.arange(n) // PAGE], slice(None), np.arange(n) % PAGE
         half = len(pools) // (2 if is_quantized(dtype) else 1)
