@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ class Checkpoints:
         if keep < 1 or save_every < 1:
             raise UserError(f"a run keeps at least one checkpoint and saves at most every step: keep={keep}, "
                             f"save_every={save_every}")
-        logging.getLogger("absl").addFilter(_is_not_raised_as_well)
+        for name in ("absl", "asyncio"):  # the latter for a second read that fails while the first is raised
+            logging.getLogger(name).addFilter(_is_not_raised_as_well)
         self._ocp = ocp
         self._has_failed = False
         self.directory = storage.located(directory)  # Orbax writes to absolute paths only
@@ -271,7 +273,8 @@ def _end_reads() -> None:
     try:
         gc.collect()
     finally:
-        sys.unraisablehook = hook
+        # Those that TensorStore is still busy with report to an event loop that is gone, later.
+        sys.unraisablehook = lambda failed: None if "Event loop is closed" in str(failed.exc_value) else hook(failed)
 
 
 def _refusal(error: Exception) -> str | None:
@@ -284,7 +287,10 @@ def _refusal(error: Exception) -> str | None:
 
 def _is_not_raised_as_well(record: logging.LogRecord) -> bool:
     """False for the tracebacks that Orbax logs of errors that it also raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    if not record.exc_info:
+        return True
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2]))
+    return not any("orbax" in path for path in (record.pathname, *frames))
 
 
 def _without_params(state: dict[str, Any]) -> dict[str, Any]:
