@@ -14,7 +14,10 @@ from llm_jax.inference.penalties import Extras, no_extras
 from llm_jax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from llm_jax.inference.sampling import SamplingBatch, row_key
 from llm_jax.inference.scheduler import PENDING, Chunk, Plan
+from llm_jax.inference.scheduler import Sequence as Running
 from llm_jax.kernels.paged import PagedContext, WorkList
+from llm_jax.models import ModelConfig
+from llm_jax.models.layout import layer_kinds
 
 # Entries of the bias table: a request's own, and -inf for the tokens that min_tokens forbids.
 MAX_BIAS = MAX_LOGIT_BIAS + 2 * MAX_STOP_IDS
@@ -94,6 +97,17 @@ class Draws:
     count: int
 
 
+def visible_keys(config: ModelConfig) -> dict[str, Any]:
+    """The fields of `Geometry` that say which keys a model's layers see."""
+    kinds = {kind.attention for kind in layer_kinds(config)}
+    return {"window": config.sliding_window if "local" in kinds else None, "has_global": "global" in kinds}
+
+
+def page_slot(sequence: Running, position: int, page_size: int) -> int:
+    """Where the pool keeps the token at a position of a sequence: page · page_size + offset."""
+    return sequence.pages[position // page_size] * page_size + position % page_size
+
+
 def choose_shape(plan: Plan, shapes: Iterable[StepShape]) -> StepShape:
     """The cheapest compiled shape that holds the plan: fewest prefill rows first, as they have `chunk` tokens each."""
     width = 1 + max((c.proposed for c in plan.decode), default=0)
@@ -126,7 +140,7 @@ def build(plan: Plan, shape: StepShape, geometry: Geometry) -> tuple[StepBatch, 
         for i in range(1 + chunk.proposed):
             position = chunk.start + i
             position_N[at + i] = position
-            slot_N[at + i] = s.pages[position // g.page_size] * g.page_size + position % g.page_size
+            slot_N[at + i] = page_slot(s, position, g.page_size)
         if chunk.proposed:
             token_N[at + 1:at + 1 + chunk.proposed] = s.proposal[:chunk.proposed]
         else:

@@ -18,15 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
-from llm_jax.inference import sampling
-from llm_jax.inference.batch import Asked, Draws, Geometry, StepBatch, StepShape, build, sampling_batch
+from llm_jax.inference import programs, sampling
+from llm_jax.inference.batch import (
+    Asked,
+    Geometry,
+    StepBatch,
+    StepShape,
+    build,
+    page_slot,
+    sampling_batch,
+    visible_keys,
+)
 from llm_jax.inference.placement import Placement
 from llm_jax.inference.programs import Pools
 from llm_jax.inference.scheduler import Chunk, Plan
 from llm_jax.inference.scheduler import Sequence as Running
-from llm_jax.kernels.backends import make_pool
+from llm_jax.kernels.backends import make_pools
 from llm_jax.models import Decoder, Execution, ModelConfig
-from llm_jax.models.layout import layer_kinds
 
 Array = jax.Array
 
@@ -67,10 +75,7 @@ class Draft:
             raise UserError(f"the draft model's context is {config.longest_context} tokens; lower max_context="
                             f"{max_context} to that")
         self.config = config
-        kinds = {kind.attention for kind in layer_kinds(config)}
-        self.geometry = dataclasses.replace(
-            geometry, backend=backend, window=config.sliding_window if "local" in kinds else None,
-            has_global="global" in kinds)
+        self.geometry = dataclasses.replace(geometry, backend=backend, **visible_keys(config))
         self.most = most
         self.row_counts = sorted(rows)
         self._cache_dtype = cache_dtype
@@ -80,10 +85,7 @@ class Draft:
         self.reset()
 
         def follow(params: Any, pools: Pools, last_S: Array, batch: StepBatch) -> Pools:
-            known_N = jnp.where(batch.token_N < 0, jnp.take(last_S, ~batch.token_N, mode="clip"), batch.token_N)
-            _, pools = model.apply({"params": params}, known_N[None], batch.context.position_N[None], batch.context,
-                                   pools, method="hidden")
-            return pools
+            return programs.hidden(model, params, pools, last_S, batch)[1]
 
         def propose(params: Any, pools: Pools, batch: StepBatch, position_KR: Array, slot_KR: Array, key_KR2: Array,
                     draw: sampling.SamplingBatch) -> tuple[Pools, Array]:
@@ -104,11 +106,10 @@ class Draft:
 
     def reset(self) -> None:
         """Fresh pools."""
-        g = self.geometry
-        self.pools: Pools = []
-        self.pools = self._placement.pools(lambda: [
-            make_pool(g.num_pages, g.page_size, self.config.cache_widths(), self._cache_dtype, g.backend)
-            for _ in range(self.config.num_layers)])
+        g, c = self.geometry, self.config
+        self.pools: Pools = []  # first: there is no room for two
+        self.pools = self._placement.pools(
+            lambda: make_pools(c.num_layers, g.num_pages, g.page_size, c.cache_widths(), self._cache_dtype, g.backend))
 
     def compile(self) -> None:
         """Compiles proposing; following is compiled as the engine's steps are."""
@@ -137,14 +138,9 @@ class Draft:
 
     def _run(self, wishes: Sequence[Wish], rows: int) -> Array:
         g, spare = self.geometry, self.geometry.num_pages * self.geometry.page_size
-        # One token of each row, whose page list reaches to the last token that will be there.
-        plan = Plan(tuple(Chunk(w.sequence, len(w.sequence.tokens) - 1, 1) for w in wishes), ())
-        ahead = Plan(tuple(Chunk(w.sequence, len(w.sequence.tokens) - 1, w.count) for w in wishes), ())
+        # Each row's last token, with lists that reach to the pages of all that will follow it.
+        plan = Plan(tuple(Chunk(w.sequence, len(w.sequence.tokens) - 1, w.count) for w in wishes), ())
         batch, draws = build(plan, StepShape(0, rows), g)
-        lists = build(ahead, StepShape(0, rows), g)[0].context
-        batch = dataclasses.replace(batch, context=dataclasses.replace(
-            batch.context, decode=lists.decode, decode_local=lists.decode_local, table_RP=lists.table_RP,
-            length_R=lists.length_R))
         position_KR = np.full((self.most, rows), -1, np.int32)
         slot_KR = np.full((self.most, rows), spare, np.int32)
         key_KR2 = np.zeros((self.most, rows, 2), np.uint32)
@@ -153,10 +149,10 @@ class Draft:
             for i in range(w.count):
                 position = len(w.sequence.tokens) - 1 + i
                 position_KR[i, row] = position
-                slot_KR[i, row] = w.sequence.pages[position // g.page_size] * g.page_size + position % g.page_size
+                slot_KR[i, row] = page_slot(w.sequence, position, g.page_size)
                 if p.temperature:
                     key_KR2[i, row] = sampling.row_key(p.seed or 0, p.sample, position + 1)
         asked = {w.sequence.id: w.asked for w in wishes}
-        draw = sampling_batch([Draws(d.sequence_id, d.row, 1) for d in draws], asked, rows, always=True)
+        draw = sampling_batch(draws, asked, rows, always=True)
         self.pools, token_RK = self._propose(self.params, self.pools, batch, position_KR, slot_KR, key_KR2, draw)
         return token_RK

@@ -15,7 +15,17 @@ import numpy as np
 
 from llm_jax.errors import UserError
 from llm_jax.inference import lockstep, memory, penalties, programs
-from llm_jax.inference.batch import Asked, Geometry, StepBatch, StepShape, build, choose_shape, extras, sampling_batch
+from llm_jax.inference.batch import (
+    Asked,
+    Geometry,
+    StepBatch,
+    StepShape,
+    build,
+    choose_shape,
+    extras,
+    sampling_batch,
+    visible_keys,
+)
 from llm_jax.inference.draft import Draft
 from llm_jax.inference.engine_config import EngineConfig, default_dtype, step_shapes, wide_rows
 from llm_jax.inference.host_pages import HostPages
@@ -26,10 +36,9 @@ from llm_jax.inference.request import PromptLogprob
 from llm_jax.inference.scheduler import Plan, Scheduler
 from llm_jax.inference.speculation import Policy
 from llm_jax.inference.steps import Drawn, PreparedStep, RunningStep, Score, StepResults
-from llm_jax.kernels.backends import choose_backend, make_pool
+from llm_jax.kernels.backends import choose_backend, make_pools
 from llm_jax.models import Decoder, Execution, ModelConfig, unstack
 from llm_jax.models.latent_attention import absorbed
-from llm_jax.models.layout import layer_kinds
 
 # Leaves that stay in float32 (a bfloat16 import is widened, which changes nothing): rounding them would send tokens to
 # other experts.
@@ -78,12 +87,10 @@ class Engine:
             max_rows=options.max_rows, requested=options.num_pages, backend=self._backend(),
             devices=self.placement.pool_parts,
             available=lockstep.least(memory.free_bytes() if available_bytes is None else available_bytes))
-        kinds = {kind.attention for kind in layer_kinds(config)}
         self.geometry = Geometry(
             num_pages, options.page_size, options.chunk, -(-self.max_context // options.page_size),
-            num_slots=options.max_rows, vocab_size=config.vocab_size,
-            window=config.sliding_window if "local" in kinds else None, has_global="global" in kinds,
-            backend=self._backend(), deterministic=options.deterministic)
+            num_slots=options.max_rows, vocab_size=config.vocab_size, backend=self._backend(),
+            deterministic=options.deterministic, **visible_keys(config))
         self.wide_rows = wide_rows(options)
         self.policy = Policy(options.max_proposed)  # measured by `compile`
         self.draft: Draft | None = None
@@ -166,7 +173,7 @@ class Engine:
                     found_hidden.append((chunk.sequence.id, slice(row * shape.width, row * shape.width + 1)))
         return PreparedStep(
             shape, batch, draws, sampling, changes,
-            draft_batch=None if self.draft is None else build(plan, shape, self.draft.geometry)[0],
+            draft_batch=self._draft_batch(plan, shape),
             entering=tuple((a.slot, a.entering, a.num_prompt) for d in draws
                            if (a := asked.get(d.sequence_id)) is not None and a.entering),
             with_top=any(asked[d.sequence_id].params.logprobs for d in draws if d.sequence_id in asked),
@@ -255,8 +262,8 @@ class Engine:
         self.pools = []  # first: there is no room for two
         with _out_of_memory_said(f"the cache of {g.num_pages} pages"):
             self.pools = self.placement.pools(
-                lambda: [make_pool(g.num_pages, g.page_size, c.cache_widths(), self.cache_dtype, g.backend)
-                 for _ in range(c.num_layers)])
+                lambda: make_pools(c.num_layers, g.num_pages, g.page_size, c.cache_widths(), self.cache_dtype,
+                                   g.backend))
             if self.draft is not None:
                 self.draft.reset()
             self._last_S, self._counts = self.placement.replicated(
@@ -290,6 +297,9 @@ class Engine:
                 "score": jax.jit(score, out_shardings=whole),
                 "enter": jax.jit(penalties.enter, donate_argnums=0, out_shardings=whole)}
 
+    def _draft_batch(self, plan: Plan, shape: StepShape) -> StepBatch | None:
+        return None if self.draft is None else build(plan, shape, self.draft.geometry)[0]
+
     def _run_all(self, shape: StepShape) -> None:
         """Every program of a shape, on padding."""
         g = self.geometry
@@ -298,8 +308,7 @@ class Engine:
         assert made is not None
         sampling, changes = made
         self.execute(PreparedStep(shape, batch, (), sampling, changes, with_top=True,
-                                  draft_batch=None if self.draft is None else build(
-                                      Plan((), ()), shape, self.draft.geometry)[0],
+                                  draft_batch=self._draft_batch(Plan((), ()), shape),
                                   entering=((g.num_slots, (), 0),),
                                   scores=(Score(-1, 0, ()),) if shape.prefill_rows else ()))
         self.num_steps = 0

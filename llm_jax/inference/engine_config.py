@@ -86,14 +86,15 @@ def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
         return (StepShape(config.prefill_rows, most),)
     beside = most + config.prefill_rows
     shapes = {StepShape(0, 1), StepShape(0, most), StepShape(1, most, least_rows=beside),
-              StepShape(config.prefill_rows, most)}
+              StepShape(config.prefill_rows, most, least_rows=beside)}
     if few < most:
         shapes |= {StepShape(0, few, least_rows=few + 1), StepShape(1, few)}
     if config.max_proposed:
         wide = config.max_proposed + 1
-        shapes |= {StepShape(0, 1, wide), StepShape(0, few, wide, few * wide + config.prefill_rows),
-                   StepShape(config.prefill_rows, few, wide)}
-    return tuple(sorted({(s.prefill_rows, s.decode_rows, s.width): s for s in sorted(shapes)}.values()))
+        shapes |= {StepShape(0, 1, wide), StepShape(config.prefill_rows, few, wide)}
+        if few > 1:
+            shapes.add(StepShape(0, few, wide, few * wide + config.prefill_rows))
+    return tuple(sorted(shapes))
 
 
 def default_dtype() -> str:

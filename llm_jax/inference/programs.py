@@ -21,6 +21,14 @@ Array = jax.Array
 Pools = list[tuple[Array, ...]]
 
 
+def hidden(model: Decoder, params: Any, pools: Pools, last_S: Array, batch: StepBatch) -> tuple[Any, Pools]:
+    """Writes the tokens' keys and values: hidden states [1, N, D] and the pools; arguments as of `forward`."""
+    known_N = jnp.where(batch.token_N < 0, jnp.take(last_S, ~batch.token_N, mode="clip"), batch.token_N)
+    made: Any = model.apply({"params": params}, known_N[None], batch.context.position_N[None], batch.context, pools,
+                            method="hidden")
+    return made
+
+
 def forward(model: Decoder, params: Any, pools: Pools, last_S: Array, batch: StepBatch
             ) -> tuple[Pools, Array, Array, Array, Array, Array]:
     """Writes the tokens' keys and values, and takes the likeliest token of each row.
@@ -35,10 +43,7 @@ def forward(model: Decoder, params: Any, pools: Pools, last_S: Array, batch: Ste
       pools, last tokens, int32 likeliest tokens [R], their float32 log-probabilities [R], float32 logits [R, V], hidden
       states [N, D] in the execution dtype.
     """
-    known_N = jnp.where(batch.token_N < 0, jnp.take(last_S, ~batch.token_N, mode="clip"), batch.token_N)
-    x_1ND: Any
-    x_1ND, pools = model.apply({"params": params}, known_N[None], batch.context.position_N[None], batch.context,
-                               pools, method="hidden")
+    x_1ND, pools = hidden(model, params, pools, last_S, batch)
     logits_1RV: Any = model.apply({"params": params}, x_1ND[:, batch.out_R], method="logits")
     logits_RV = logits_1RV[0]
     token_R, logprob_R = sampling.greedy(logits_RV)

@@ -28,8 +28,6 @@ class Proposer:
     def decide(self, running: Sequence[Request]) -> bool:
         """Decides how many tokens to propose for each in the coming step; whether any, so that the step has to wait for
         the one before it."""
-        if not self._engine.wide_rows:
-            return False
         policy = self._engine.policy
         throttles = [r.throttle for r in running if r.throttle is not None and r.may_speculate]
         opens = 0 < len(running) <= self._engine.wide_rows and self._gate.opens(policy, throttles, len(running))

@@ -187,8 +187,7 @@ class Service:
     def cancel(self, request_id: int) -> None:
         """Ends a request; its pages are free before the next step begins. Nothing happens if it has ended."""
         with self._changed:
-            request = self._requests.get(request_id)
-            if request is not None:
+            if (request := self._requests.get(request_id)) is not None:
                 self._finish(request, Delta(finish_reason="cancelled"))
 
     def replace_weights(self, params: Any) -> None:
@@ -278,7 +277,7 @@ class Service:
     def _turn(self, flight: Flight | None) -> Flight | None:
         """Sends the next step, then reads the one before it; returns the step that is under way now."""
         with self._changed:
-            speculates = self._proposer.decide([self._requests[s.id] for s in self._scheduler.running])
+            speculates = self._proposer.decide(self._running())
             in_order = speculates or self._new_params is not None or any(
                 r.sequence.needs_host for r in self._requests.values())
         if in_order and flight is not None:
@@ -288,7 +287,7 @@ class Service:
             self._take_new_params()
             self._expire()
             if speculates:
-                self._proposer.propose([self._requests[s.id] for s in self._scheduler.running], self._scheduler)
+                self._proposer.propose(self._running(), self._scheduler)
             plan = self._scheduler.schedule()
             prepared = None
             if plan is not None:
@@ -303,6 +302,10 @@ class Service:
         if flight is not None:
             self._land(flight)
         return following
+
+    def _running(self) -> list[Request]:
+        """The requests that tokens may be proposed for; none where nobody proposes."""
+        return [self._requests[s.id] for s in self._scheduler.running] if self.engine.wide_rows else []
 
     def _prepare(self, plan: Plan) -> Any:
         requests = self._requests
@@ -346,8 +349,7 @@ class Service:
 
     def _expire(self) -> None:
         for sequence in self._scheduler.expired():
-            request = self._requests.get(sequence.id)
-            if request is not None:
+            if (request := self._requests.get(sequence.id)) is not None:
                 self._finish(request, Delta(text=request.text.flush(), finish_reason="deadline"))
 
     def _take_new_params(self) -> None:
@@ -378,11 +380,8 @@ class Service:
             request.listener(delta)
         except Exception:  # noqa: BLE001 - a listener's fault is its request's alone
             log.exception("the listener of request %d failed; the request is dropped", request.id)
-            self._drop(request)
-
-    def _drop(self, request: Request) -> None:
-        if self._requests.pop(request.id, None) is not None:
-            self._scheduler.remove(request.sequence)
+            if self._requests.pop(request.id, None) is not None:
+                self._scheduler.remove(request.sequence)
 
     def _fail_all(self, error: Exception) -> None:
         """Ends every request and starts anew: the cache went with the donated pools, the bookkeeping may be torn."""

@@ -45,6 +45,11 @@ def make_pool(num_pages: int, page_size: int, widths: tuple[int, int, int], dtyp
     return paged.make_pool(num_pages, page_size, widths, dtype, backend)
 
 
+def make_pools(num_layers: int, *layer: Any) -> list[tuple[Array, ...]]:
+    """The pools of all layers; other arguments as of `make_pool`."""
+    return [make_pool(*layer) for _ in range(num_layers)]
+
+
 def paged_attention(q_BTHK: Array, k_BTGK: Array, v_BTGV: Array | None, context: PagedContext,
                     cache: tuple[Array, ...], **options: Any) -> tuple[Array, tuple[Array, ...]]:
     """Writes the step's keys and values to their slots, then attends; see `attention.attention` (B = 1, T = S = N)."""

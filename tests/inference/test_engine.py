@@ -118,7 +118,7 @@ def test_what_the_device_cannot_hold_is_one_message(config, params, monkeypatch)
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr("llm_jax.inference.engine.make_pool", exhausted)
+    monkeypatch.setattr("llm_jax.inference.engine.make_pools", exhausted)
     with pytest.raises(UserError, match="does not hold the cache of 8 pages"):
         Engine(config, params, EngineConfig(max_rows=1, num_pages=8, page_size=16))
 
