@@ -1,4 +1,4 @@
-"""The device mesh: axes `data`, `fsdp`, `expert` and `tensor`."""
+"""The device mesh: axes `data`, `fsdp`, `expert`, `pipeline`, `sequence` and `tensor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from llm_jax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "pipeline", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,16 @@ class MeshConfig:
       fsdp: devices that share parameters, gradients and moments among them, and also see other rows.
       tensor: devices that share each matrix product.
       expert: devices that share the experts of a mixture among them, and also see other rows.
+      sequence: devices that share the tokens of each row.
+      pipeline: devices that share the layers, each a stretch of them.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sequence: int = 1
+    pipeline: int = 1
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
@@ -51,7 +55,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh with axes `data`, `fsdp`, `expert`, `tensor`, whose shardings the compiler propagates.
+    """Builds the mesh with the axes `AXES`, whose shardings the compiler propagates.
 
     A mesh smaller than the machine takes the first devices; across processes it has to take all of them, since every
     process takes part in every step.

@@ -8,15 +8,18 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
 from llm_jax.parallel import rules
-from llm_jax.parallel.mesh import MeshConfig, make_mesh, mesh_shape
+from llm_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
 
 
 @pytest.mark.parametrize("config, devices, shape", [
-    (MeshConfig(), 1, (1, 1, 1, 1)), (MeshConfig(data=-1), 8, (8, 1, 1, 1)), (MeshConfig(fsdp=2), 8, (1, 2, 1, 1)),
-    (MeshConfig(data=-1, fsdp=2, tensor=2), 8, (2, 2, 1, 2)), (MeshConfig(fsdp=-1, tensor=2), 8, (1, 4, 1, 2)),
-    (MeshConfig(data=2, expert=-1), 8, (2, 1, 4, 1)), (MeshConfig(fsdp=-1, expert=2, tensor=2), 8, (1, 2, 2, 2))])
+    (MeshConfig(), 1, {}), (MeshConfig(data=-1), 8, {"data": 8}), (MeshConfig(fsdp=2), 8, {"fsdp": 2}),
+    (MeshConfig(data=-1, fsdp=2, tensor=2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (MeshConfig(fsdp=-1, tensor=2), 8, {"fsdp": 4, "tensor": 2}),
+    (MeshConfig(data=2, expert=-1), 8, {"data": 2, "expert": 4}),
+    (MeshConfig(pipeline=2, sequence=-1), 8, {"pipeline": 2, "sequence": 4})])
 def test_mesh_shape_fills_in_the_rest(config, devices, shape):
-    assert mesh_shape(config, devices) == shape
+    sizes = dict(zip(AXES, mesh_shape(config, devices), strict=True))
+    assert sizes == dict.fromkeys(AXES, 1) | shape
 
 
 @pytest.mark.parametrize("config", [MeshConfig(fsdp=3), MeshConfig(tensor=16), MeshConfig(data=-1, fsdp=5)])

@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_that_is_known_about_it(straight):
     assert run.config == MODEL and run.tokenizer.vocab_size <= MODEL.vocab_size
     assert (run_dir / "config.gin").read_text() == "# the configuration\n"
     manifest = run.manifest
-    assert manifest["finished_steps"] == 20 and manifest["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert manifest["finished_steps"] == 20 and set(manifest["mesh"].values()) == {1}
     assert manifest["metrics"] == metrics and manifest["data_hash"] and manifest["packages"]["jax"] == jax.__version__
     assert metrics["end"]["loss"] < metrics["start"]["loss"] - 0.5
     assert metrics["end"]["bits_per_byte"] < metrics["start"]["bits_per_byte"]

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from llm_jax.parallel.mesh import MeshConfig
-from llm_jax.training import loop
+from llm_jax.training import loop, trainer
 from llm_jax.training.optimizer import OptimizerConfig
 from tests.training.common import settings
 
@@ -24,7 +24,7 @@ from tests.training.common import settings
 def recording(path: pathlib.Path, kill_at: int | None = None, complete: pathlib.Path | None = None) -> type:
     """A TrainLoader that appends one line a batch to `path`, and may kill the process once `complete` exists."""
 
-    class Recording(loop.TrainLoader):
+    class Recording(trainer.TrainLoader):
         def __next__(self) -> Any:
             if self.state == kill_at:
                 while not complete.exists():
@@ -49,7 +49,7 @@ def main() -> None:
     if batches:
         every = settings("", data_dir, **options)["checkpoint_every"]
         complete = pathlib.Path(run_dir, "checkpoints", str((kill_at or 0) // every * every))
-        loop.TrainLoader = recording(pathlib.Path(batches), kill_at, complete)
+        trainer.TrainLoader = recording(pathlib.Path(batches), kill_at, complete)
     loop.train(**settings(run_dir, data_dir, **options))
 
 
