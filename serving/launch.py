@@ -42,6 +42,9 @@ def launch(
 ) -> int:
     """Serves the model of a run directory over gRPC until SIGTERM or Ctrl-C; the engine's own defaults stand for None.
 
+    Where the environment says that this is one of several processes (`parallel.distributed`), they serve the model
+    together: process 0 listens, the others take part in its steps until it ends.
+
     Args:
       run_dir: run directory of the model; it may be read-only
       port: port to listen on; 0 takes a free one
@@ -56,7 +59,8 @@ def launch(
       chunk: prompt tokens of one request in one step, at most
       dtype: of weights and cache, float32 or bfloat16
       cache_dtype: of the cache alone, float32, bfloat16, int8 or float8_e4m3fn
-      tensor: devices that share each matrix product and the heads of the cache
+      tensor: devices that share each matrix product and the heads of the cache; by default 1, and where several
+        processes serve together (see docs/serving.md) all of theirs
       prefix_cache: use pages of prompts that are computed already again, within a tenant
       shared_prefixes: and across tenants, who can then tell from response times what others have asked
       swap_pages: pages of host memory to which requests that give way are copied; 0 computes them again
@@ -74,7 +78,7 @@ def launch(
       decode_top_p: likewise; 1 is off
 
     Returns:
-      0, after a shutdown that was asked for.
+      0, after a shutdown that was asked for; 1 in a process that followed another and lost it.
 
     Raises:
       UserError: the port is in use, the run directory holds no model, or the model does not fit.
@@ -86,13 +90,22 @@ def launch(
         if limit is not None and not limit > 0:
             raise UserError(f"{name}={limit} must be more than 0")
     with signals_end_the_process():  # until the server handles them
-        from serving.server import check_port, serve  # here, so that --help needs neither gRPC nor JAX
+        import jax  # here, as all of these, so that --help needs neither gRPC nor JAX
 
-        check_port(host, port)  # before the minutes that loading may take
         from llm_jax.inference.engine_config import EngineConfig
         from llm_jax.inference.generation_config import SamplingDefaults
+        from llm_jax.inference.joint import JointService
         from llm_jax.inference.service import Service
+        from llm_jax.parallel import distributed
+        from serving.following import follow
         from serving.orchestrator import DecodeSampling
+        from serving.server import check_port, serve
+
+        is_joint = distributed.initialize()
+        if distributed.is_lead():
+            check_port(host, port)  # before the minutes that loading may take
+        if is_joint:
+            tensor = tensor or len(jax.devices())
 
         decode_sampling = DecodeSampling(decode_temperature, decode_top_k, decode_top_p)
         # Raises if out of range.
@@ -112,8 +125,11 @@ def launch(
             print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe
 
         began = time.perf_counter()
-        service = Service.from_run(run_dir, options, on_event=say,
-                                   **{name: value for name, value in more.items() if value is not None})
+        kind = JointService if is_joint else Service
+        service = kind.from_run(run_dir, options, on_event=say,
+                                **{name: value for name, value in more.items() if value is not None})
+        if isinstance(service, JointService) and not distributed.is_lead():
+            return follow(service, say)
         with reporting(service, stats_seconds, say):
             return serve(service, host=host, port=port, grace_seconds=grace_seconds, decode_sampling=decode_sampling,
                          on_event=say, note=f"after {time.perf_counter() - began:.1f} s of loading and compiling")

@@ -160,10 +160,11 @@ def measure(model: str, arrivals: Sequence[trace.Arrival], args: argparse.Namesp
         capacity = 1.0
         if not math.isinf(args.load):
             capacity = results.throughput(replays[args.contenders[0]](at_load(math.inf, 1.0, 1)))
-        # Of one round all contenders get the same prompts, of the next others: nothing is left in a prefix cache.
+        # Of one round all contenders get the same prompts; of the next, or if a run is repeated, others of the same
+        # lengths: nothing is left in a prefix cache.
         kept = noise.interleaved(
-            {name: lambda number, replay=replay: replay(at_load(args.load, capacity, 1000 + number))
-             for name, replay in replays.items()},
+            {name: lambda number, attempt, replay=replay: replay(
+                at_load(args.load, capacity, 1000 * (attempt + 1) + number)) for name, replay in replays.items()},
             rounds=args.rounds, most_others=args.most_others, repeats=args.repeats,
             seconds=seconds - (time.perf_counter() - began), say=lambda line: say(f"{model}: {line}"))
         found = {name: results.summary([m.result for m in k.good]) for name, k in kept.items()}
@@ -172,10 +173,11 @@ def measure(model: str, arrivals: Sequence[trace.Arrival], args: argparse.Namesp
               f"{results.table(found, found_counts)}", flush=True)
         calm = {}
         if ENGINE in replays and args.latency_load:
-            asked_for = at_load(args.latency_load, found[ENGINE]["tokens_per_second"], 2000)
-            alone = noise.interleaved({ENGINE: lambda number: replays[ENGINE](asked_for)}, rounds=1,
-                                      most_others=args.most_others, repeats=args.repeats, seconds=120,
-                                      say=lambda line: say(f"{model}, load {args.latency_load:g}: {line}"))[ENGINE]
+            rate = found[ENGINE]["tokens_per_second"]
+            alone = noise.interleaved(
+                {ENGINE: lambda number, attempt: replays[ENGINE](at_load(args.latency_load, rate, 500 + attempt))},
+                rounds=1, most_others=args.most_others, repeats=args.repeats, seconds=120,
+                say=lambda line: say(f"{model}, load {args.latency_load:g}: {line}"))[ENGINE]
             calm = results.summary([m.result for m in alone.good])
             print(f"\n{model}, the engine at {args.latency_load:g} of that load:\n"
                   f"{results.table({ENGINE: calm}, {ENGINE: (len(alone.good), len(alone.discarded))})}", flush=True)

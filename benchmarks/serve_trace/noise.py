@@ -67,13 +67,13 @@ class Kept:
     noisy: bool = False
 
 
-def interleaved(contenders: Mapping[str, Callable[[int], Any]], *, rounds: int, most_others: float, repeats: int,
+def interleaved(contenders: Mapping[str, Callable[[int, int], Any]], *, rounds: int, most_others: float, repeats: int,
                 seconds: float, say: Callable[[str], None], watch: Callable[[], Snapshot] | None = None,
                 clock: Callable[[], float] = time.perf_counter) -> dict[str, Kept]:
     """Lets every contender run in turn, round by round.
 
     Args:
-      contenders: by name, what to run; gets the number of the round, from 0.
+      contenders: by name, what to run; gets the numbers of the round and of the attempt at it, from 0.
       rounds: most rounds.
       most_others: a run during which others took more than this share of the CPU is discarded and repeated.
       repeats: most repetitions of one run.
@@ -96,7 +96,7 @@ def interleaved(contenders: Mapping[str, Callable[[int], Any]], *, rounds: int, 
         for name, run in contenders.items():
             for attempt in range(repeats + 1):
                 before, at = watch(), clock()
-                result = run(number)
+                result = run(number, attempt)
                 took, others = clock() - at, others_share(before, watch(), len(cpus))
                 measured = Measurement(number, result, others)
                 is_quiet = others <= most_others

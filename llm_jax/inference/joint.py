@@ -46,6 +46,7 @@ class JointService(Service):
         if differing:
             raise UserError(f"the processes differ in the options of the {' and the '.join(differing)}; here these are "
                             f"{', '.join(str(mine[what]) for what in differing)}")
+        self.failure = ""  # why the service has ended, unless it was closed
         self._line = Lockstep(host)
         self._events: list[dict[str, Any]] = []  # what the next turn begins with
         self._entering: dict[int, Request] = {}  # requests among them
@@ -154,6 +155,7 @@ class JointService(Service):
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
             self._closed = True
+            self.failure = self.failure or str(error)
             self._line.close()
             failed, self._requests = [*self._requests.values(), *self._entering.values()], {}
             self._entering = {}

@@ -159,10 +159,7 @@ class Service:
         """
         requests = [self._intake.request(next(self._ids), prompt_ids, p, listener, priority, tenant, deadline_s)
                     for p, listener in zip(params, listeners, strict=True)]
-        with self._changed:
-            self._check_live()
-            self._enter(requests)
-            self._changed.notify_all()
+        self._admit(requests)
         return [r.id for r in requests]
 
     def embed(self, prompt_ids: SequenceOf[int], pooling: str, listener: Listener, priority: int = 0) -> int:
@@ -178,10 +175,7 @@ class Service:
         request = self._intake.request(next(self._ids), prompt_ids, SamplingParams(max_tokens=1), listener, priority,
                                        "", None)
         request.pooling, request.sequence.reuse = pooling, False
-        with self._changed:
-            self._check_live()
-            self._enter([request])
-            self._changed.notify_all()
+        self._admit([request])
         return request.id
 
     def cancel(self, request_id: int) -> None:
@@ -240,6 +234,12 @@ class Service:
             for request in list(self._requests.values()):
                 self._finish(request, Delta(finish_reason="cancelled"))
 
+    def _admit(self, requests: SequenceOf[Request]) -> None:
+        with self._changed:
+            self._check_live()
+            self._enter(requests)
+            self._changed.notify_all()
+
     def _enter(self, requests: SequenceOf[Request]) -> None:
         """Queues all of them or raises; called under the lock."""
         added: list[Request] = []
@@ -296,9 +296,7 @@ class Service:
                 self._scheduler.dispatched(plan)
             elif flight is None and self._requests:
                 self._changed.wait(0.01)  # nothing can run before something changes
-        following = None
-        if plan is not None and prepared is not None:
-            following = Flight(plan, self.engine.dispatch(prepared))
+        following = Flight(plan, self.engine.dispatch(prepared)) if plan is not None and prepared is not None else None
         if flight is not None:
             self._land(flight)
         return following
@@ -380,8 +378,11 @@ class Service:
             request.listener(delta)
         except Exception:  # noqa: BLE001 - a listener's fault is its request's alone
             log.exception("the listener of request %d failed; the request is dropped", request.id)
-            if self._requests.pop(request.id, None) is not None:
-                self._scheduler.remove(request.sequence)
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        if self._requests.pop(request.id, None) is not None:
+            self._scheduler.remove(request.sequence)
 
     def _fail_all(self, error: Exception) -> None:
         """Ends every request and starts anew: the cache went with the donated pools, the bookkeeping may be torn."""

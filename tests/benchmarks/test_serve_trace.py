@@ -99,8 +99,8 @@ def test_noisy_runs_are_repeated_and_do_not_count(monkeypatch):
     state, calls, said = {"clock": 0.0, "busy": 0.0}, [], []
 
     def run(name):
-        def measure(number):
-            calls.append((name, number))
+        def measure(number, attempt):
+            calls.append((name, number, attempt))
             state["clock"] += 1.0
             state["busy"] += next(shares)
             return name, number
@@ -109,7 +109,7 @@ def test_noisy_runs_are_repeated_and_do_not_count(monkeypatch):
     kept = noise.interleaved({"a": run("a"), "b": run("b")}, rounds=2, most_others=0.1, repeats=2, seconds=100,
                              say=said.append, watch=lambda: Snapshot(state["clock"], state["busy"], 0.0),
                              clock=lambda: state["clock"])
-    assert calls == [("a", 0), ("a", 0), ("b", 0), ("a", 1), ("a", 1), ("a", 1), ("b", 1)]
+    assert calls == [("a", 0, 0), ("a", 0, 1), ("b", 0, 0), ("a", 1, 0), ("a", 1, 1), ("a", 1, 2), ("b", 1, 0)]
     assert [m.result for m in kept["a"].good] == [("a", 0)] and len(kept["a"].discarded) == 4
     assert len(kept["b"].good) == 2 and not kept["b"].noisy
     assert sum("discarded" in line for line in said) == 4
@@ -119,7 +119,7 @@ def test_rounds_stop_in_time_and_the_quietest_counts_if_none_is_quiet(monkeypatc
     monkeypatch.setattr(noise, "own_cpus", lambda: frozenset({0}))
     shares, state = itertools.cycle([0.9, 0.6, 0.7]), {"clock": 0.0, "busy": 0.0}
 
-    def run(number):
+    def run(number, attempt):
         state["clock"] += 10.0
         state["busy"] += 10 * next(shares)
         return number

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,34 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     lines = said[:-1] + out.splitlines()[:-1]
     assert lines and all(" running, 0 waiting, " in line and "% used" in line for line in lines)
     assert _listing(run_dir) == before
+
+
+def test_two_processes_serve_one_model(run_dir):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
+    lead, other = [subprocess.Popen(
+        _command(run_dir, "--max_context=64", "--num_pages=32", *SMALL), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | peers | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    try:
+        while not (line := lead.stdout.readline()).startswith("ready: "):
+            assert line, lead.stderr.read()
+        with Client(line.split()[1]) as client:
+            joint = [i for chunk in client.generate("def main(", max_tokens=8, temperature=0) for i in chunk.token_ids]
+        for process in (other, lead):  # a launcher tells all; the other goes on until process 0 has ended
+            process.send_signal(signal.SIGTERM)
+        assert lead.wait(30) == 0 and other.wait(30) == 0
+        assert other.stdout.read().splitlines()[-2:] == ["following: process 0 takes the requests", "stopped"]
+    finally:
+        for process in (lead, other):
+            process.kill()
+            process.communicate()
+    run = runs.load(run_dir)
+    prompt = run.tokenizer.prompt_ids("def main(")
+    tokens = jnp.array([[*prompt, *joint]])
+    likeliest = jnp.argmax(run.model.apply({"params": run.params}, tokens), axis=-1)[0]
+    assert joint == likeliest[len(prompt) - 1:-1].tolist()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
