@@ -25,7 +25,7 @@ TRACE =
 py := $(VENV)/bin/python
 flag = $(if $($(1)),'--$(2)=$($(1))')
 
-.PHONY: help quickstart test test-parity test-tpu benchmark-serve golden lint typecheck venv venv-dev venv-parity clean
+.PHONY: help quickstart test test-parity test-tpu benchmark-serve benchmark-train golden lint typecheck venv venv-dev venv-parity clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,6 +47,9 @@ test-parity: venv-parity ## against live transformers on shapes drawn afresh; wr
 
 benchmark-serve: venv-parity ## the engine against transformers on an arrival trace; JSON at the end. TRACE=file.csv, ARGS=...
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PARITY_VENV)/bin/python -m benchmarks.serve_trace $(call flag,TRACE,trace) $(ARGS)
+
+benchmark-train: venv-parity ## training speed beside transformers with torch, eager and compiled; JSON at the end. ARGS=...
+	@HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PARITY_VENV)/bin/python -m benchmarks.train_speed $(ARGS)
 
 test-tpu: venv-dev ## kernels compiled for TPUs that are not there (x86-64 Linux)
 	@[ -d .venv-tpu/libtpu ] || $(py) -m pip install -q --no-deps --target .venv-tpu -r requirements-tpu.txt

@@ -1,5 +1,6 @@
 """Attention on this machine's own device against float64 NumPy: dense, paged in plain XLA, and paged by the Triton
-kernel (interpreted where there is no GPU); float32 and bfloat16, with a window, a soft cap and a latent cache.
+kernel (interpreted where there is no GPU); float32 and bfloat16, with a window, a soft cap and a latent cache. Then
+attention of training, output and gradients, by every backend that the device takes, against dense in float32.
 
     python -m benchmarks.attention_check
 
@@ -16,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.errors import UserError
 from llm_jax.kernels import paged_triton
-from llm_jax.kernels.attention import DenseContext, attention
+from llm_jax.kernels.attention import BACKENDS, DenseContext, attention, choose, dense_attention
+from llm_jax.kernels.attention_call import Call
 from llm_jax.kernels.paged import PagedContext, WorkList, make_pool, put_pages
 from llm_jax.kernels.quantized_cache import to_bits, worst_like
 
@@ -29,6 +32,15 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (heads, wid
     "window": ((2, 64, 64), {"window": 100, "soft_cap": 5.0}),
     "80 wide": ((4, 80, 80), {}),
     "latent": ((1, 80, 0), {"value_dim": 64}),
+}
+# Of training: (heads of keys, width of keys, of values), documents a row, options; rows of 1,100 tokens.
+TRAIN_T = 1100
+TRAIN: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
+    "one document": ((2, 64, 64), 0, {}),
+    "window": ((8, 128, 128), 0, {"window": 300}),
+    "packed": ((2, 128, 128), 5, {}),
+    "packed, all": ((4, 80, 48), 5, {"window": 300, "soft_cap": 5.0}),
+    "both ways": ((2, 64, 64), 5, {"causal": False}),
 }
 
 
@@ -83,8 +95,47 @@ def triton(q: jax.Array, k: jax.Array, v: jax.Array, widths: tuple[int, int, int
     return np.asarray(out[0], np.float64)
 
 
+def train() -> bool:
+    """Prints a table of the largest error of outputs and gradients; whether all are small enough."""
+    right = True
+    print(f"\n{'training':>12} {'path':>8} {'dtype':>9} {'output':>9} {'dq':>9} {'dk':>9} {'dv':>9}")
+    for case, ((heads, width, value_width), documents, options) in TRAIN.items():
+        options = {"scale": width**-0.5, **options}
+        causal = options.pop("causal", True)
+        ids = jnp.tile(1 + jnp.arange(TRAIN_T) * documents // TRAIN_T, (2, 1)) if documents else None
+        shapes = (H, width), (heads, width), (heads, value_width), (H, value_width)
+        for dtype, allowed in ALLOWED.items():
+            arrays = tuple(jnp.asarray(np.random.default_rng(i).normal(size=(2, TRAIN_T, *s)), dtype)
+                           for i, s in enumerate(shapes))
+
+            def results(backend: str, arrays: tuple, causal: bool = causal, ids: Any = ids,
+                        options: Any = options) -> list[np.ndarray]:
+                def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
+                    context = DenseContext(ids, causal=causal, backend=backend)
+                    out, transpose = jax.vjp(functools.partial(dense_attention, context=context, **options), q, k, v)
+                    return out, *transpose(dout)
+
+                return [np.asarray(x, np.float64) for x in jax.jit(both)(*arrays)]
+
+            call = Call(TRAIN_T, TRAIN_T, H, heads, width, value_width, dtype, causal, options.get("window"),
+                        options.get("soft_cap"), segments=ids is not None)
+            with jax.default_matmul_precision("highest"):
+                expected = results("dense", tuple(x.astype(jnp.float32) for x in arrays))
+            for backend in BACKENDS[1:]:
+                try:
+                    choose(call, backend)
+                except UserError:
+                    continue
+                errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b))
+                          for a, b in zip(results(backend, arrays), expected, strict=True)]
+                right &= max(errors) <= allowed
+                print(f"{case:>12} {backend:>8} {dtype:>9} {' '.join(f'{error:9.2e}' for error in errors)}"
+                      f"{'' if max(errors) <= allowed else f'  over {allowed}'}")
+    return right
+
+
 def main() -> int:
-    """Prints a table; returns the exit status."""
+    """Prints tables; returns the exit status."""
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n"
           f"{'case':>8} {'path':>6} {'dtype':>9} {'relative error':>15}")
     right = True
@@ -108,7 +159,7 @@ def main() -> int:
                 error = np.linalg.norm(got - want) / np.linalg.norm(want)
                 right &= bool(error <= allowed)
                 print(f"{case:>8} {path:>6} {dtype:>9} {error:15.2e}{'' if error <= allowed else f'  over {allowed}'}")
-    return 0 if right else 1
+    return 0 if train() and right else 1
 
 
 if __name__ == "__main__":

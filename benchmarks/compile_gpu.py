@@ -1,17 +1,19 @@
-"""Compiles the paged-attention kernel for an H100 on a machine without one, for an 8B Llama and for shapes at the edges
-of what it serves, and says what each program needs.
+"""Compiles the kernels of attention for an H100 on a machine without one, that of serving and those of training, for an
+8B Llama and for shapes at the edges of what they take, and says what each program needs.
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt    # --no-deps, of JAX's own version: no CUDA library is needed
     python -m benchmarks.compile_gpu
 
 Where `ptxas` is on the path (or --ptxas names it) and JAX is 0.10, it also prints registers and bytes spilt of every
-kernel. Exits with 1 if a program does not compile, copies a pool, or spills more than 256 bytes a thread.
+kernel. Exits with 1 if a program does not compile, copies a pool, has room for all scores, or spills more than 256
+bytes a thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -67,11 +69,35 @@ CASES = (Case(1), Case(1, context=32768), Case(8), Case(64), Case(64, context=32
          Case(8, 1, heads=(8, 1), width=256), Case(8, 1, heads=(8, 8), width=32, dtype="float32"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Attention of whole rows, forward and backward; the defaults are those of an 8B Llama."""
+
+    backend: str
+    length: int = 4096
+    heads: tuple[int, int] = (32, 8)
+    widths: tuple[int, int] = (128, 128)
+    dtype: str = "bfloat16"
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self)
+                         if f.name == "backend" or getattr(self, f.name) != f.default)
+
+
+TRAIN = (Train("cudnn"), Train("cudnn", heads=(32, 32), widths=(64, 64), window=1024), Train("cudnn", causal=False),
+         Train("triton"), Train("triton", length=32768), Train("triton", heads=(32, 8), widths=(64, 64)),
+         Train("triton", window=1024, soft_cap=50.0), Train("triton", causal=False, length=1000),
+         Train("triton", heads=(9, 3), widths=(80, 48)), Train("triton", dtype="float32"), Train("chunked"))
+
+
 def kernels(folder: pathlib.Path, ptxas: str | None) -> list[tuple[str, int, int]]:
     """(name, registers, bytes spilt) of the kernels whose machine-independent code lies in `folder`."""
     found = []
     for file in sorted(folder.glob("*.ptx")):
-        if ptxas and "paged_attention" in file.read_text():
+        if ptxas and "attention" in file.read_text():
             said = subprocess.run([ptxas, "-v", "-arch=sm_90a", file, "-o", folder / "out"], check=True,
                                   capture_output=True, text=True).stderr
             name = re.search(r"entry function '(\w+)'", said)
@@ -85,15 +111,18 @@ def main() -> int:
     """Prints a line a program; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ptxas", default=shutil.which("ptxas"), help="NVIDIA's assembler")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many of serving")
+    parser.add_argument("--train", type=int, default=len(TRAIN), help="only the first so many of training")
     arguments = parser.parse_args()
     dump = tempfile.TemporaryDirectory()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump.name}"
     import jax  # it reads the environment
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.experimental import topologies
 
     from llm_jax.kernels import paged_triton
+    from llm_jax.kernels.attention import DenseContext, dense_attention
     from llm_jax.kernels.paged import PagedContext, make_pool
 
     try:
@@ -101,6 +130,10 @@ def main() -> int:
     except (RuntimeError, NotImplementedError) as error:
         sys.exit(f"this JAX cannot compile for CUDA: {str(error).splitlines()[0]}\n"
                  f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}")
+    try:
+        cudnn.check_cudnn_version()
+    except RuntimeError:  # not installed here; programs call it, and it plans nothing before they run
+        cudnn.check_cudnn_version = lambda: 91200
     mesh = jax.make_mesh((1,), ("gpu",), (jax.sharding.AxisType.Auto,), devices=topology.devices)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -123,26 +156,53 @@ def main() -> int:
 
         return jax.jit(step, donate_argnums=4).lower(q, k, v, context, pools).compile()
 
-    right = True
-    print(f"jax {jax.__version__}, {topology.devices[0].device_kind}")
-    for case in CASES[:arguments.cases]:
+    def compile_train(case: Train) -> jax.stages.Compiled:
+        (H, G), (K, V) = case.heads, case.widths
+        ids = None if case.backend == "cudnn" else abstract(1, case.length)
+        q, k, v, dout = (abstract(1, case.length, heads, width, dtype=case.dtype)
+                         for heads, width in ((H, K), (G, K), (G, V), (H, V)))
+
+        def step(q, k, v, dout, ids):
+            context = DenseContext(ids, causal=case.causal, backend=case.backend)
+            attend = functools.partial(dense_attention, context=context, scale=case.widths[0]**-0.5,
+                                       window=case.window, soft_cap=case.soft_cap)
+            out, transpose = jax.vjp(attend, q, k, v)
+            return out, transpose(dout)
+
+        return jax.jit(step).lower(q, k, v, dout, ids).compile()
+
+    def compiled(case: Case | Train) -> tuple[jax.stages.Compiled, float, list[tuple[str, int, int]]] | None:
+        """The program, the seconds it took, and its kernels."""
         began = time.perf_counter()
         try:
             with jax.set_mesh(mesh):
-                compiled = compile_case(case)
+                program = compile_case(case) if isinstance(case, Case) else compile_train(case)
         except Exception as error:  # whatever the compiler says, the other programs are still worth a try
-            right = False
             print(f"FAILED {case}: {str(error).splitlines()[0]}")
-            continue
-        memory = compiled.memory_analysis()
+            return None
         used = kernels(pathlib.Path(dump.name), arguments.ptxas)
         for file in pathlib.Path(dump.name).iterdir():
             file.unlink()
-        pool = PAGES * PAGE * case.heads[1] * case.width * (4 if case.dtype == "float32" else 2)
-        in_place = memory.temp_size_in_bytes < pool and memory.alias_size_in_bytes >= 2 * pool
-        right &= in_place and all(spilt <= 256 for _, _, spilt in used)
-        print(f"{time.perf_counter() - began:5.1f} s  {memory.temp_size_in_bytes / 1e6:5.1f} MB beside the pools"
-              f"{'' if in_place else ', COPIED'}  {case}")
+        return program, time.perf_counter() - began, used
+
+    right = True
+    print(f"jax {jax.__version__}, {topology.devices[0].device_kind}")
+    for case in (*CASES[:arguments.cases], *TRAIN[:arguments.train]):
+        result = compiled(case)
+        if result is None:
+            right = False
+            continue
+        program, seconds, used = result
+        memory = program.memory_analysis()
+        if isinstance(case, Case):
+            pool = PAGES * PAGE * case.heads[1] * case.width * (4 if case.dtype == "float32" else 2)
+            lean = memory.temp_size_in_bytes < pool and memory.alias_size_in_bytes >= 2 * pool
+            said = f"beside the pools{'' if lean else ', COPIED'}"
+        else:
+            lean = memory.temp_size_in_bytes < case.heads[0] * case.length**2  # a byte a score
+            said = f"forward and backward{'' if lean else ', TOO MUCH'}"
+        right &= lean and all(spilt <= 256 for _, _, spilt in used)
+        print(f"{seconds:5.1f} s  {memory.temp_size_in_bytes / 1e6:5.1f} MB {said}  {case}")
         for name, registers, spilt in used:
             print(f"{'':9}{name}: {registers} registers, {spilt} bytes spilt")
     dump.cleanup()

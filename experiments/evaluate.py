@@ -23,7 +23,8 @@ _DEFAULT_ROW = 1024
 
 
 def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None, split: str = "validation",
-             row_length: int | None = None, batch_size: int = 16, max_batches: int = 0, dtype: str = "float32") -> None:
+             row_length: int | None = None, batch_size: int = 16, max_batches: int = 0, dtype: str = "float32",
+             step: str | None = None) -> None:
     """Prints `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens` and what was measured.
 
     Args:
@@ -36,6 +37,7 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
       batch_size: rows of a batch
       max_batches: batches to measure; 0 is all
       dtype: of the computation, float32 or bfloat16
+      step: checkpoint to measure: a step, best or good; by default the latest
     """
     import itertools
 
@@ -49,7 +51,7 @@ def evaluate(run_dir: str, text: str | None = None, data_dir: str | None = None,
     for name, value, least in (("batch_size", batch_size, 1), ("max_batches", max_batches, 0)):
         if value < least:
             raise UserError(f"--{name}={value} must be at least {least}")
-    run = runs.load(run_dir)
+    run = runs.load(run_dir, step)
     limit = run.config.longest_context
     trained = run.manifest.get("settings", {}).get("data", {}).get("row_length")
     row_length = row_length or trained or min(run.config.max_context, _DEFAULT_ROW)

@@ -30,7 +30,7 @@ def generate(run_dir: str, prompt: str | None = None, prompts_file: str | None =
              stop_ids: int | tuple[int, ...] | None = None, min_tokens: int | None = None, ignore_eos: bool = False,
              json_schema: str | None = None, regex: str | None = None, grammar: str | None = None,
              logprobs: int | None = None, prompt_logprobs: int | None = None, n: int = 1, best_of: int | None = None,
-             json: bool = False) -> None:
+             step: str | None = None, json: bool = False) -> None:
     """Prints the continuation; with `json` an object with `text`, `token_ids`, `logprobs`, `finish_reason` and counts.
 
     What is not given is as the model's generation_config.json says, if it has one: an imported model may want to be
@@ -61,13 +61,14 @@ def generate(run_dir: str, prompt: str | None = None, prompts_file: str | None =
       prompt_logprobs: with --json, log-probabilities of the prompt's tokens, and of so many of the likeliest
       n: completions of each prompt
       best_of: draw so many of each, and print the n likeliest
+      step: checkpoint to take: a step, best or good; by default the latest
       json: print one JSON object a completion, each on its line
     """
     from llm_jax import runs
 
     prompts = _prompts(prompt, prompts_file)
     constraint = _constraint(json_schema, regex, grammar)
-    with runs.load(run_dir) as run:
+    with runs.load(run_dir, step) as run:
         found = run.complete(
             prompts, n=n, best_of=best_of, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,

@@ -123,7 +123,10 @@ class Config:
             seen.add(place)
             yield place
             scope, target, _ = place
-            for settings in self.settings_of(scope, target).values():
+            found = self.settings_of(scope, target)
+            known = list(parameters(target))  # the order of the signature, so that what is printed is printed again
+            for name in sorted(found, key=lambda name: known.index(name) if name in known else len(known)):
+                settings = found[name]
                 for setting in settings[-1:] if effective else settings:
                     for leaf, inner in self.read(setting.value, scope, effective):
                         if isinstance(leaf, Reference):

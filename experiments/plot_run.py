@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 
@@ -23,6 +22,7 @@ def plot(run_dir: str, out: str) -> None:
     """
     from llm_jax import runs
     from llm_jax.errors import UserError
+    from llm_jax.training.metric_log import METRICS, read_rows
 
     try:
         import matplotlib
@@ -32,10 +32,10 @@ def plot(run_dir: str, out: str) -> None:
     from matplotlib import pyplot as plt
 
     run = runs.load(run_dir)
-    try:
-        records = [json.loads(line) for line in (run.directory / runs.LOGS / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir} has no readable logs/metrics.jsonl: {error}") from error
+    logs = run.directory / runs.LOGS
+    if not (logs / METRICS).exists():
+        raise UserError(f"{run_dir} has no readable logs/{METRICS}")
+    records = read_rows(logs)
     train, validation = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation"))
     if not train:
         raise UserError(f"{run_dir} has no training steps in its log yet")

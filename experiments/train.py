@@ -1,7 +1,8 @@
 """Trains a model from a prepared data directory into a run directory; the same command continues a run that stopped.
 
 Exit status: 0 when the run is complete, 143 or 130 after SIGTERM or Ctrl-C (a checkpoint was saved), 2 for an error
-that you can put right, such as a loss that is not finite.
+that you can put right, such as a loss that is not finite, 75 when the run stood still or lost a process and the same
+command should be started again (docs/launching.md).
 """
 
 from __future__ import annotations

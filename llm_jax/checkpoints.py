@@ -2,30 +2,49 @@
 
 One checkpoint is a folder named by its step with four items: `params` (alone, so that serving reads nothing else),
 `state` (the optimizer, step and rng), `data` (the data iterator's state, one integer) and `extra` (small JSON facts).
-A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole.
+A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole. With
+it are the checksums of its files, by which `damage` finds what a disk did to it later; `set_aside` takes such a one
+out of the way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
-import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from llm_jax import storage
+from llm_jax import checksums, orbax_errors, storage
 from llm_jax.errors import UserError
 
 CHUNK_BYTES = 16 << 20  # most bytes of a piece in which parameters lie on disk
+DAMAGED = "damaged"  # first word of the name of a checkpoint that was set aside
 _LEAST_UNIT_BYTES = 4 << 20
 _PARAMS = "params"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_STAMPED = ("_CHECKPOINT_METADATA", "commit_success.txt")  # which Orbax writes last; they say nothing but the time
+
+
+class UnreadableCheckpoint(UserError):
+    """A checkpoint that is there and can't be read; `reason` is what reading said."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class _Held:
+    """A preservation policy of Orbax's: checkpoints that are kept for what they are worth, not for their age."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [info.step in self.steps for info in checkpoints]
 
 
 class Checkpoints:
@@ -53,20 +72,25 @@ class Checkpoints:
             raise UserError(f"a run keeps at least one checkpoint and saves at most every step: keep={keep}, "
                             f"save_every={save_every}")
         for name in ("absl", "asyncio"):  # the latter for a second read that fails while the first is raised
-            logging.getLogger(name).addFilter(_is_not_raised_as_well)
+            logging.getLogger(name).addFilter(orbax_errors.is_not_raised_as_well)
         self._ocp = ocp
         self._has_failed = False
+        self._writing_step: int | None = None
         self.directory = storage.located(directory)  # Orbax writes to absolute paths only
         self.read_only = read_only
+        if os.fspath(self.directory).startswith("s3://"):
+            raise UserError(f"{self.directory}: checkpoints can be on a disk or in gs://, not in s3://, which Orbax "
+                            "does not write; mount the bucket (mount-s3, s3fs-fuse) and give its path")
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints at {self.directory}: is it a run directory?")
-        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        self._held = _Held()
+        policies: list[Any] = [checkpoint_managers.LatestN(keep), self._held]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         handlers = {"params": ocp.StandardCheckpointHandler(), "state": ocp.StandardCheckpointHandler(),
                     "data": ocp.JsonCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         try:
-            with _quiet() if read_only else contextlib.nullcontext():
+            with orbax_errors.quiet() if read_only else contextlib.nullcontext():
                 options = ocp.CheckpointManagerOptions(
                     save_decision_policy=checkpoint_managers.FixedIntervalPolicy(save_every),
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -74,6 +98,8 @@ class Checkpoints:
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,
                     enable_async_checkpointing=not read_only,
+                    async_options=None if read_only else ocp.AsyncOptions(
+                        post_finalization_callback=self._add_checksums),
                 )
                 self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except OSError as error:
@@ -86,6 +112,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
+
+    def hold(self, steps: set[int]) -> None:
+        """From the next `save` on, keeps the checkpoints of these steps too, however old; no longer those of others."""
+        self._held.steps = set(steps)
 
     def save(self, step: int, state: dict[str, Any], data_state: int, extra: dict[str, Any] | None = None,
              force: bool = False) -> bool:
@@ -112,7 +142,47 @@ class Checkpoints:
         if rest := _without_params(state):
             items["state"] = args.StandardSave(rest)
         with self._writing():
+            self._manager.wait_until_finished()  # before another step's name is put down for `_add_checksums`
+            self._writing_step = step
             return self._manager.save(step, force=force, args=args.Composite(**items))
+
+    def _add_checksums(self) -> None:
+        """Called by Orbax, on the process that commits, between the last write and the renaming."""
+        temporary = self.directory / f"{self._writing_step}{_TEMPORARY}"
+        folder = temporary if temporary.exists() else self.directory / str(self._writing_step)  # in a bucket
+        write_checksums(folder)
+
+    def has_checksums(self, step: int) -> bool:
+        """Whether `damage` can tell; checkpoints from before there were checksums have none."""
+        return checksums.exists(self.directory / str(step))
+
+    def damage(self, step: int, item: str = "") -> str | None:
+        """What a checkpoint's checksums say is wrong with it, or with one item of it, or None; several processes share
+        the reading, and each hears of its own part."""
+        return checksums.damage(self.directory / str(step), jax.process_index(), jax.process_count(),
+                                f"{item}/" if item else "")
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Renames a checkpoint so that nothing finds it any more, and nothing ever removes it; returns where it is.
+
+        With several processes one calls this, and all `reload`.
+        """
+        folder = self.directory / f"{DAMAGED}-{step}"
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = self.directory / f"{DAMAGED}-{step}-{number}"
+        (self.directory / str(step)).rename(folder)
+        self.reload()
+        return folder
+
+    def remove(self, step: int) -> None:
+        """Deletes a checkpoint; all processes call this."""
+        self._manager.delete(step)
+
+    def reload(self) -> None:
+        """Looks again at which checkpoints there are."""
+        self._manager.reload()
 
     def restore(self, abstract_state: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], int, dict]:
         """Reads a whole checkpoint.
@@ -126,7 +196,8 @@ class Checkpoints:
           (state, data_state, extra) as they were saved.
 
         Raises:
-          UserError: no such checkpoint, one that can't be read, or one whose arrays have other names or shapes.
+          UserError: no such checkpoint, or one whose arrays have other names or shapes; an `UnreadableCheckpoint` if it
+            can't be read.
         """
         step = self._step(step)
         args = self._ocp.args
@@ -143,6 +214,8 @@ class Checkpoints:
     def restore_params(self, abstract_params: Any = None, step: int | None = None) -> Any:
         """Reads the parameters alone; nothing is written, so the directory may be read-only.
 
+        Their checksums are looked at first.
+
         Args:
           abstract_params: tree of `jax.ShapeDtypeStruct`; with shardings, arrays go where those say; without, each
             goes whole to the first device. None takes names and shapes from the checkpoint.
@@ -155,6 +228,8 @@ class Checkpoints:
         if abstract_params is None:
             abstract_params = self._saved_shapes(step, _PARAMS)
         self._check(step, _PARAMS, abstract_params)
+        if problem := self.damage(step, _PARAMS):
+            raise self._unreadable(step, problem)
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or one_device), abstract_params)
@@ -204,7 +279,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             self._has_failed = True
-            if not (reason := _refusal(error)):
+            if not (reason := orbax_errors.refusal(error)):
                 raise
             last = max(self._manager.all_steps(), default=None)
             have = "there is none yet" if last is None else f"the last complete one is that of step {last}"
@@ -238,11 +313,14 @@ class Checkpoints:
             cause = error.__cause__ or error
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             del cause
-        _end_reads()
+        orbax_errors.end_reads()
+        raise self._unreadable(step, reason[:300])
+
+    def _unreadable(self, step: int, reason: str) -> UnreadableCheckpoint:
         others = [other for other in self.steps() if other != step]
         hint = f"remove it to use that of step {others[-1]}" if others else "there is no other"
-        raise UserError(f"checkpoint {self.directory / str(step)} can't be read, it is damaged or incomplete "
-                        f"({reason[:300]}); {hint}")
+        return UnreadableCheckpoint(f"checkpoint {self.directory / str(step)} can't be read, it is damaged or "
+                                    f"incomplete ({reason}); {hint}", reason)
 
     def _saved_shapes(self, step: int, item: str) -> Any:
         def read() -> Any:
@@ -267,30 +345,12 @@ class Checkpoints:
                 raise UserError(f"{where}{name} of shape {shape} is in it and has no place here")
 
 
-def _end_reads() -> None:
-    """Ends what Orbax had begun to read beside what failed; otherwise each says so in a traceback when Python ends."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        # Those that TensorStore is still busy with report to an event loop that is gone, later.
-        sys.unraisablehook = lambda failed: None if "Event loop is closed" in str(failed.exc_value) else hook(failed)
 
 
-def _refusal(error: Exception) -> str | None:
-    """What the operating system said, or None if the error is not one of its."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else None
 
-
-def _is_not_raised_as_well(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax logs of errors that it also raises."""
-    if not record.exc_info:
-        return True
-    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2]))
-    return not any("orbax" in path for path in (record.pathname, *frames))
+def write_checksums(folder: epath.Path) -> None:
+    """Writes the checksums of a checkpoint whose files are all there."""
+    checksums.write(folder, without=_STAMPED)
 
 
 def _without_params(state: dict[str, Any]) -> dict[str, Any]:
@@ -301,15 +361,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Name → shape; names are the same for a NamedTuple and for the dict as which a checkpoint stores it."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's warnings that a directory opened for reading is read only."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

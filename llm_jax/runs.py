@@ -45,11 +45,13 @@ class Run:
     Attributes:
       directory: where it is.
       config: the `ModelConfig`.
+      step: which checkpoint its parameters are of, as given to `load`.
     """
 
-    def __init__(self, directory: epath.Path, config: ModelConfig):
+    def __init__(self, directory: epath.Path, config: ModelConfig, step: int | str | None = None):
         self.directory = directory
         self.config = config
+        self.step = step
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
@@ -67,15 +69,15 @@ class Run:
 
     @functools.cached_property
     def params(self) -> Any:
-        """The parameters of the latest checkpoint, stacked layout, on the first device; float32, or as an imported
-        checkpoint stored them."""
+        """The parameters of the checkpoint (the latest, unless `load` was told another), stacked layout, on the first
+        device; float32, or as an imported checkpoint stored them."""
         import jax
 
         with jax.ensure_compile_time_eval():  # whoever asks first may be inside a jit, and this is kept
             return self.load_params()
 
     def load_params(self, dtype: str | Callable[[tuple[Any, ...]], str] | None = None) -> Any:
-        """Reads the latest parameters, cast while they are read.
+        """Reads the parameters, cast while they are read.
 
         Args:
           dtype: of all of them, or a function of a parameter's path (keys of `jax.tree_util`) that says it; None
@@ -90,12 +92,38 @@ class Run:
 
         shapes = abstract_params(self.model)
         with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
+            step = self.resolve_step()
             if dtype is None:
-                checkpoints.check_params(shapes)
-                return checkpoints.restore_params()
+                checkpoints.check_params(shapes, step)
+                return checkpoints.restore_params(step=step)
             wanted = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype(path) if callable(dtype) else dtype), shapes)
-            return checkpoints.restore_params(wanted)
+            return checkpoints.restore_params(wanted, step)
+
+    def resolve_step(self) -> int | None:
+        """The number of the checkpoint's step; None for the latest.
+
+        Raises:
+          UserError: no evaluation says which is best, or none passed the gate, or the step is no number.
+        """
+        step = self.step
+        if step in (None, "latest"):
+            return None
+        if step == "best":
+            best = self.manifest.get("best")
+            if not best:
+                raise UserError(f"{self.directory} does not say which step is best: it was not evaluated after a step")
+            return best["step"]
+        if step == "good":
+            good = self.manifest.get("gate", {}).get("good_step")
+            if good is None:
+                raise UserError(f"no checkpoint of {self.directory} has passed the gate"
+                                + ("" if "gate" in self.manifest else ": it was trained without one"))
+            return good
+        try:
+            return int(step)  # type: ignore[call-overload]
+        except ValueError as error:
+            raise UserError(f"step={step!r} is neither a number nor 'latest', 'best' or 'good'") from error
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -237,8 +265,13 @@ class Run:
         self.close()
 
 
-def load(run_dir: epath.PathLike) -> Run:
+def load(run_dir: epath.PathLike, step: int | str | None = None) -> Run:
     """Opens a run directory.
+
+    Args:
+      run_dir: where it is.
+      step: which checkpoint the parameters are of: its number; "best", of the best evaluation (kept with
+        `GateConfig.keep_best`); "good", the newest that passed the gate; None or "latest".
 
     Raises:
       UserError: it is not one, or its model description is damaged.
@@ -254,7 +287,7 @@ def load(run_dir: epath.PathLike) -> Run:
         raise UserError(f"cannot read {directory}: {error.strerror}") from error
     fields = _read_json(path)
     try:
-        return Run(directory, ModelConfig.from_dict(fields))
+        return Run(directory, ModelConfig.from_dict(fields), step)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from etils import epath
 
 _BLOCK = 1 << 20
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by which fsspec reads them
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def as_path(path: str | os.PathLike) -> Any:
     """`path` as a pathlib-like object, `~` expanded; addresses such as `gs://…` go through etils.epath."""
-    if "://" in os.fspath(path):
+    if not is_local(path):
         from etils import epath  # not needed, and slow to import, for local paths
 
         return epath.Path(path)
@@ -38,8 +41,33 @@ def located(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path.absolute() if isinstance(path, pathlib.Path) else path)
 
 
+def is_local(path: str | os.PathLike) -> bool:
+    """Whether `path` is on a disk, not an address such as `gs://…`."""
+    return "://" not in os.fspath(path)
+
+
+def check_reachable(path: str | os.PathLike) -> None:
+    """UserError if `path` is an address of a kind that nothing here can read, or whose package is not installed."""
+    if is_local(path):
+        return
+    scheme = os.fspath(path).split("://")[0]
+    if scheme not in _PACKAGES:
+        raise UserError(f"{path}: addresses may begin with {', '.join(f'{name}://' for name in _PACKAGES)}, not with "
+                        f"{scheme}://")
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class("gcs" if scheme == "gs" else scheme)
+    except ImportError as error:
+        raise UserError(f"{path}: {scheme}:// needs the package {_PACKAGES[scheme]}: pip install "
+                        f"{_PACKAGES[scheme]}") from error
+
+
 def write_atomically(path: Any, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
+    if not is_local(path):
+        path.write_bytes(content)  # an object appears when all of it is there
+        return
     with _written_atomically(path) as file:
         file.write(content)
 
@@ -50,6 +78,11 @@ def copy_atomically(source: Any, path: Any) -> None:
         shutil.copyfileobj(original, file, _BLOCK)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that an atomic write had begun; it is complete nowhere."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 @contextlib.contextmanager
 def _written_atomically(path: Any) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +90,7 @@ def _written_atomically(path: Any) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("wb") as file:
             yield file
-            if isinstance(path, pathlib.Path):
+            if is_local(path):
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)

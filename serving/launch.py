@@ -39,6 +39,7 @@ def launch(
     decode_temperature: float | None = None,
     decode_top_k: int | None = None,
     decode_top_p: float | None = None,
+    step: str | None = None,
 ) -> int:
     """Serves the model of a run directory over gRPC until SIGTERM or Ctrl-C; the engine's own defaults stand for None.
 
@@ -76,6 +77,7 @@ def launch(
         default as the model's generation_config.json says; without one, 0
       decode_top_k: likewise; 0 is off
       decode_top_p: likewise; 1 is off
+      step: checkpoint to serve: a step, best (of the evaluations) or good (passed the gate); by default the latest
 
     Returns:
       0, after a shutdown that was asked for; 1 in a process that followed another and lost it.
@@ -119,7 +121,7 @@ def launch(
             layout["max_proposed"] = MAX_PROPOSED
         options = EngineConfig(**{name: value for name, value in layout.items() if value is not None})
         more: dict[str, Any] = {"max_queue": max_queue, "max_wait_s": max_wait_seconds, "ageing_s": ageing_seconds,
-                                "draft_run_dir": draft_run_dir}
+                                "draft_run_dir": draft_run_dir, "step": step}
 
         def say(line: str) -> None:
             print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe

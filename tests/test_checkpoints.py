@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_jax import checksums
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.errors import UserError
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -155,8 +157,11 @@ def test_missing_checkpoints(saved, tmp_path):
             checkpoints.restore_params(step=4)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "metadata"])
-def test_a_damaged_checkpoint_is_named_with_what_to_go_back_to(copy, damage):
+def test_a_damaged_checkpoint_is_named_with_what_to_go_back_to(copy, damage, has_checksums):
+    if not has_checksums:  # Orbax notices these without
+        (copy / "6" / "checksums.json").unlink()
     item = copy / "6" / "params"
     for path in [path for path in item.rglob("*") if path.is_file() and path.parent.name == "d"]:
         if damage == "truncate":
@@ -197,3 +202,56 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_not_seen(copy):
     shutil.copytree(copy / "6", partial)
     with Checkpoints(copy, read_only=True) as checkpoints:
         assert checkpoints.latest_step() == 6
+
+
+def test_every_damaged_file_is_found_by_its_checksum(copy):
+    """One flipped bit anywhere, also where nothing of it would be noticed in reading."""
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        assert checkpoints.has_checksums(6) and checkpoints.damage(6) is None
+        files = [path for path in (copy / "6").rglob("*") if path.is_file()]
+        for path in files:
+            content = path.read_bytes()
+            for damaged, difference in ((content[:-1], "bytes instead of"), (content[:-1] + bytes([content[-1] ^ 1]),
+                                                                            "checksum differs"), (None, "is missing")):
+                if damaged is None:
+                    path.unlink()
+                else:
+                    path.write_bytes(damaged)
+                found = checkpoints.damage(6)
+                if path.name == "checksums.json":
+                    assert (found is None) == (damaged is None)
+                elif path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+                    assert found == f"{path.relative_to(copy / '6')} {found.split(' ', 1)[1]}" and difference in found
+                path.write_bytes(content)
+        assert checkpoints.damage(6) is None and len(files) > 8
+
+
+def test_processes_share_the_reading_of_checksums(copy):
+    path = next(path for path in sorted((copy / "6").rglob("d/*")))
+    path.write_bytes(b"")
+    found = [checksums.damage(epath.Path(copy / "6"), part, 3) for part in range(3)]
+    assert len([one for one in found if one]) == 1
+
+
+def test_a_checkpoint_without_its_checksums_is_never_complete(tmp_path, monkeypatch):
+    """They are written before it gets its name, so a kill leaves it either with both or with neither."""
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checksums, "write", fail)
+    with pytest.raises(UserError, match="No space left on device"), Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state(), 1)
+    assert not (tmp_path / "c" / "1").exists()
+
+
+def test_what_is_set_aside_is_kept_and_makes_room(copy):
+    with Checkpoints(copy, keep=2) as checkpoints:
+        assert checkpoints.set_aside(6).name == "damaged-6" and checkpoints.steps() == [3, 5]
+        checkpoints.save(6, state(6), 60)
+        checkpoints.wait()
+        assert checkpoints.set_aside(6).name == "damaged-6-2" and checkpoints.latest_step() == 5
+    with Checkpoints(copy) as checkpoints:
+        for step in range(7, 12):
+            checkpoints.save(step, state(step), step)
+    assert {"damaged-6", "damaged-6-2"} <= {path.name for path in copy.iterdir()}
+    assert (copy / "damaged-6" / "params").is_dir()

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {"absl": "absl-py", "gin": "gin-config", "google": "protobuf", "grpc": "grpcio",
                  "grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection",
-                 "orbax": "orbax-checkpoint"}
+                 "PIL": "pillow", "orbax": "orbax-checkpoint"}
 
 
 def normal(name: str) -> str:

@@ -34,7 +34,7 @@ def test_every_row_of_the_feature_table_names_a_test():
 
 
 def test_modules_that_commands_name_exist():
-    command = re.compile(r"python -m ((?:experiments|serving|benchmarks)\.\w+)")
+    command = re.compile(r"python -m ((?:experiments|serving|benchmarks)(?:\.\w+)+)")
     for page in PAGES:
         for module in command.findall(page.read_text(encoding="utf-8")):
             path = ROOT / module.replace(".", "/")

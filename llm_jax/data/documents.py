@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from llm_jax import storage
+from llm_jax.data import fetching
 from llm_jax.data.manifest import load_manifest, verify_shards
 from llm_jax.data.shards import INDEX
 from llm_jax.data.splits import SPLITS
@@ -34,7 +34,7 @@ def read_index(data_dir: str | os.PathLike, split: str) -> np.ndarray:
     """
     if split not in SPLITS:
         raise UserError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
-    path = storage.as_path(data_dir) / f"{split}.index.npy"
+    path = fetching.local_folder(data_dir) / f"{split}.index.npy"
     try:
         index = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -70,7 +70,7 @@ class DocumentStore:
     def __init__(self, data_dir: str | os.PathLike, manifest: dict, split: str) -> None:
         self.index = read_index(data_dir, split)
         shards = manifest["splits"][split]["shards"]
-        self._paths = [os.path.join(storage.as_path(data_dir), shard["file"]) for shard in shards]
+        self._paths = [str(fetching.local_folder(data_dir) / shard["file"]) for shard in shards]
         self._starts = np.cumsum([0, *(shard["documents"] for shard in shards)])
         if self._starts[-1] != len(self.index):
             raise UserError(f"{data_dir}: the {split} shards hold {self._starts[-1]} documents and the index "

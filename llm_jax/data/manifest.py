@@ -8,6 +8,7 @@ import os
 import pathlib
 
 from llm_jax import storage
+from llm_jax.data import fetching
 from llm_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -54,7 +55,7 @@ def verify_shards(data_dir: str | os.PathLike, manifest: dict) -> None:
     Raises:
       UserError: naming the first file that is missing, truncated or altered.
     """
-    folder = pathlib.Path(os.path.abspath(storage.as_path(data_dir)))
+    folder = fetching.local_folder(data_dir)
     total = 0
     stamps = {}
     for name, facts in manifest["files"].items():

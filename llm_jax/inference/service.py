@@ -77,14 +77,15 @@ class Service:
 
     @classmethod
     def from_run(cls, run_dir: str, options: EngineConfig | None = None, *, draft_run_dir: str | None = None,
-                 max_queue: int = 256, on_event: Callable[[str], None] = lambda line: None,
-                 **more: Any) -> Service:
+                 step: int | str | None = None, max_queue: int = 256,
+                 on_event: Callable[[str], None] = lambda line: None, **more: Any) -> Service:
         """Loads a run directory and compiles everything; ready when it returns.
 
         Args:
           run_dir: the run directory; it may be read-only.
           options: the engine's layout; None takes the defaults.
           draft_run_dir: of a smaller model with the same tokenizer, which proposes tokens.
+          step: which checkpoint, as `runs.load` takes it.
           max_queue: most requests that may wait.
           on_event: receives lines of progress.
           **more: other arguments of the service.
@@ -95,7 +96,7 @@ class Service:
 
         began = time.perf_counter()
         compile_cache.enable_compile_cache()
-        run = runs.load(run_dir)
+        run = runs.load(run_dir, step)
         defaults = run.sampling_defaults
         for note in defaults.notes:
             on_event(f"note: {note}")

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from llm_jax.checkpoints import CHUNK_BYTES, Checkpoints
+from llm_jax import checksums
+from llm_jax.checkpoints import CHUNK_BYTES, Checkpoints, write_checksums
 from llm_jax.errors import UserError
 
 Path = tuple[str, ...]
@@ -95,6 +96,7 @@ class SliceWriter:
             small = nested({path: jnp.zeros((1,) * len(shape), dtype) for path, (shape, dtype) in shapes.items()})
             checkpoints.save(0, {_ITEM: small}, 0, extra, force=True)
         self._item = epath.Path(directory) / "0" / _ITEM
+        (self._item.parent / checksums.NAME).unlink()  # of what it was; a clean end writes those of what it is
         names = {".".join(path): (shape, chunks[path]) for path, (shape, _) in shapes.items()}
         for file in (self._item / "_METADATA", *(self._item / "array_metadatas").glob("*")):
             file.write_text(json.dumps(_with_shapes(json.loads(file.read_text()), names)))
@@ -126,6 +128,7 @@ class SliceWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._commit()
+            write_checksums(self._item.parent)
 
     def _begin(self) -> None:
         import tensorstore as ts

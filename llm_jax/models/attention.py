@@ -6,12 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.kernels.attention import attention
+from llm_jax.models.attention_maps import keep_map
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import RMSNorm, add_bias, fan_in_normal, linear, weight
 from llm_jax.models.rope import Rotations, rotate
+from llm_jax.models.rows import attention
 
 Array = jax.Array
 
@@ -58,10 +58,11 @@ class Attention(nn.Module):
         if rotations:
             q_BTHK = rotate(q_BTHK, rotations[self.kind], c.rope_interleaved)
             k_BSGK = rotate(k_BSGK, rotations[self.kind], c.rope_interleaved)
-        out_BTHK, cache = attention(q_BTHK, k_BSGK, v_BSGK, context, cache, scale=c.score_scale,
-                                    window=c.sliding_window if self.kind == "local" else None,
-                                    soft_cap=c.attention_soft_cap, bias_HTS=bias_HTS)
+        options: dict[str, Any] = {"scale": c.score_scale, "soft_cap": c.attention_soft_cap, "bias_HTS": bias_HTS,
+                                   "window": c.sliding_window if self.kind == "local" else None}
+        keep_map(self, q_BTHK, k_BSGK, context, **options)
+        out_BTHK, cache = attention(q_BTHK, k_BSGK, v_BSGK, context, cache, **options)
         o_HKD = weight(self, "o", fan_in_normal(h * k, (2 * c.num_layers) ** -0.5), (h, k, d),
                        ("heads", "head_dim", "embed"))
-        out_BTD = linear(checkpoint_name(out_BTHK, "attention"), o_HKD, contract=2)
+        out_BTD = linear(out_BTHK, o_HKD, contract=2)
         return add_bias(self, "o_bias", out_BTD, ("embed",), c.output_bias), cache

@@ -7,21 +7,35 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.errors import UserError
+from llm_jax.models.activations import constrained, devices_along
 from llm_jax.models.attention import Attention
 from llm_jax.models.config import Execution, ModelConfig
 from llm_jax.models.experts import Experts
 from llm_jax.models.latent_attention import LatentAttention
 from llm_jax.models.layers import Mlp, make_norm
-from llm_jax.models.layout import LayerKind, groups, layer_kinds, slot_name
+from llm_jax.models.layout import Group, LayerKind, groups, layer_kinds, slot_name
 from llm_jax.models.rope import Rotations
+from llm_jax.parallel import pipeline
 
 Array = jax.Array
 
+_policies = jax.checkpoint_policies
 _REMAT = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "stage": None,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "save_attention": _policies.save_only_these_names("attention"),
+}
+# What a tick of the pipeline keeps: besides its input, what its blocks would keep.
+_REMAT_TICK = {
+    "none": pipeline.keep_all_but_slices,
+    "full": _policies.save_only_these_names("block"),
+    "stage": None,
+    "dots": _policies.save_from_both_policies(_policies.save_only_these_names("block"), _REMAT["dots"]),
+    "save_attention": _policies.save_only_these_names("block", "attention"),
 }
 RESIDUAL = ("batch", "length", "activation_embed")
 
@@ -50,6 +64,7 @@ class Block(nn.Module):
                  bias_HTS: Any = None) -> tuple[Array, Any]:
         c = self.config
         written = cache
+        x_BTD = checkpoint_name(x_BTD, "block")
 
         def attend(normed_BTD: Array) -> Array:
             nonlocal written
@@ -93,16 +108,17 @@ def rematerialised(block: type[nn.Module], execution: Execution) -> type[nn.Modu
 
 
 def scanned(block: type[nn.Module], config: ModelConfig, execution: Execution, pattern: tuple[LayerKind, ...],
-            repeats: int, num_shared: int) -> nn.Module:
+            repeats: int, num_shared: int, **fields: Any) -> nn.Module:
     """`repeats` periods of `pattern` as one scan over stacked weights; each call takes `num_shared` arguments more,
-    the same for all."""
+    the same for all. `fields` are the module's own (its parent)."""
     lifted: dict[str, Any] = {
         "variable_axes": {"params": 0, "router": 0}, "split_rngs": {"params": True, "dropout": True},
         "length": repeats, "in_axes": (nn.broadcast,) * (1 + num_shared),
-        "metadata_params": {nn.PARTITION_NAME: "layers"}}
+        # Layers that don't repeat can't be divided among devices.
+        "metadata_params": {nn.PARTITION_NAME: "layers" if repeats > 1 else None}}
     if len(pattern) == 1:
-        return nn.scan(block, **lifted)(config, execution, pattern[0])
-    return nn.scan(Period, **lifted)(block, config, execution, pattern)
+        return nn.scan(block, **lifted)(config, execution, pattern[0], **fields)
+    return nn.scan(Period, **lifted)(block, config, execution, pattern, **fields)
 
 
 def add_layers(module: nn.Module, block: type[nn.Module], config: ModelConfig, execution: Execution,
@@ -130,11 +146,59 @@ def through_layers(module: nn.Module, config: ModelConfig, execution: Execution,
     """
     x_BTD = nn.with_logical_constraint(x_BTD, RESIDUAL)
     if execution.scan_layers:
+        stages = 1 if module.is_initializing() else pipeline.stages()
         for group in groups(config):
-            x_BTD, _ = getattr(module, group.name)(x_BTD, None, *shared)
+            if stages > 1 and group.repeats > 1:
+                x_BTD = _through_stages(module, config, execution, group, stages, x_BTD, shared)
+            else:
+                x_BTD, _ = getattr(module, group.name)(x_BTD, None, *shared)
         return x_BTD, cache
     written = []
     for block, layer_cache in zip(module.layers, cache or [None] * config.num_layers, strict=True):
         x_BTD, layer_cache = block(x_BTD, layer_cache, *shared)
         written.append(layer_cache)
     return x_BTD, written if cache is not None else None
+
+
+def pipeline_schedule(config: ModelConfig, execution: Execution, stages: int) -> pipeline.Schedule:
+    """How microbatches pass through the layers of a decoder that lie over `stages` devices.
+
+    Raises:
+      UserError: the layers that repeat don't divide, the microbatches don't keep the stages busy, or it is no decoder.
+    """
+    if config.architecture != "decoder":
+        raise UserError(f"MeshConfig.pipeline={stages} is for decoders; architecture={config.architecture!r} can lie "
+                        "over the other axes")
+    schedule = pipeline.schedule(stages, execution.pipeline_repeats, execution.pipeline_microbatches)
+    repeated = max(groups(config), key=lambda group: group.repeats)
+    schedule.check_layers(repeated.repeats, len(repeated.pattern))
+    return schedule
+
+
+def _through_stages(module: nn.Module, config: ModelConfig, execution: Execution, group: Group, stages: int,
+                    x_BTD: Array, shared: tuple[Any, ...]) -> Array:
+    """`group`'s layers on the mesh axis `pipeline` (see `parallel.pipeline`), with the weights that are `module`'s."""
+    schedule = pipeline_schedule(config, execution, stages)
+    schedule.check_rows(x_BTD.shape[0], devices_along("batch"))
+    periods = group.repeats // (stages * schedule.repeats)
+    layers = scanned(rematerialised(Block, execution), config, execution, group.pattern, periods, len(shared),
+                     parent=None)
+    # The decoder's shared arguments are one entry a row.
+    per_row, structure = jax.tree.flatten(shared)
+    gathers = module.is_mutable_collection("router")
+
+    def stretch(weights: Any, x_bTD: Array, per_row: list[Array]) -> tuple[Array, Any]:
+        (x_bTD, _), made = layers.apply({"params": weights}, x_bTD, None, *jax.tree.unflatten(structure, per_row),
+                                        mutable=["router"] if gathers else [])
+        return x_bTD, made.get("router", {})
+
+    def cut(x: Array, names: tuple[str | None, ...]) -> Array:
+        return constrained(pipeline.cut(x, schedule.microbatches), (None, *names))
+
+    out, router = pipeline.through_stages(
+        stretch, nn.meta.unbox(module.variables["params"][group.name]), cut(x_BTD, RESIDUAL),
+        [cut(leaf, ("batch", "length", *[None] * leaf.ndim)[:leaf.ndim]) for leaf in per_row], schedule,
+        _REMAT_TICK[execution.remat])
+    if gathers and router:
+        module.put_variable("router", group.name, router)
+    return nn.with_logical_constraint(pipeline.join(out), RESIDUAL)

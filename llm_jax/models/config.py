@@ -9,7 +9,9 @@ from typing import Any
 from llm_jax.errors import UserError
 from llm_jax.models.facts import Experts, Head, LatentAttention, RopeScaling, check, check_count, check_number
 
-REMAT_POLICIES = ("none", "full", "dots", "save_attention")
+REMAT_POLICIES = ("none", "full", "stage", "dots", "save_attention")
+ATTENTION = ("auto", "dense", "chunked", "splash", "cudnn", "triton")  # `kernels.attention.BACKENDS`
+SEQUENCE_ATTENTION = ("ring", "gather")  # `parallel.sequence`
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "glm4", "mixtral", "qwen3_moe",
             "deepseek_v3", "bert", "t5")
 ENCODER_HEADS = ("masked_lm", "pooler", "next_sentence")
@@ -291,24 +293,48 @@ class Execution:
       dtype: dtype of activations and of the weights as they are multiplied; softmax and logits are float32 always.
       scan_layers: whether the layers are scanned blocks over stacked weights (training) or unrolled (serving).
       remat: what the backward pass recomputes: "none" keeps everything, "full" keeps each block's input, "dots" keeps
-        matrix products without batch dimensions, "save_attention" keeps each attention's output.
+        matrix products without batch dimensions, "save_attention" keeps each attention's output. "stage" is "full", and
+        in a pipeline keeps only what enters a stage in each tick, for one forward pass more.
+      attention: how attention of whole rows is computed, see `kernels.attention.choose`; "auto" takes what is best.
+      sequence_attention: how keys come to the queries of other devices where the mesh axis `sequence` divides rows:
+        "ring" passes them around, "gather" gathers them first (see `parallel.sequence`).
+      loss_chunk: tokens of a device whose logits exist at once in a loss (see `objectives.chunked_loss`); None holds
+        those of all tokens.
       rope_context: the length that rope scalings which switch on length ("dynamic", "longrope") are computed for; None
         takes the longest position of each call, as Hugging Face's modules do. Trainer and server fix it: otherwise a
         token's logits depend on the length of other rows.
       expert_capacity: in training, an expert takes at most this factor times its even share of a row's tokens and the
         rest pass it by; None drops nothing.
+      pipeline_microbatches: parts that the rows of a call are cut into where layers lie over the mesh axis `pipeline`
+        (see `parallel.pipeline`); None takes as many as there are stages.
+      pipeline_repeats: stretches of layers that each stage of the pipeline holds.
     """
 
     dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "auto"
+    sequence_attention: str = "ring"
+    loss_chunk: int | None = 512
     rope_context: int | None = None
     expert_capacity: float | None = None
+    pipeline_microbatches: int | None = None
+    pipeline_repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"Execution.dtype={self.dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"Execution.remat={self.remat!r} is not one of {REMAT_POLICIES}")
+        if self.attention not in ATTENTION:
+            raise UserError(f"Execution.attention={self.attention!r} is not one of {ATTENTION}")
+        if self.sequence_attention not in SEQUENCE_ATTENTION:
+            raise UserError(f"Execution.sequence_attention={self.sequence_attention!r} is not one of "
+                            f"{SEQUENCE_ATTENTION}")
+        if self.loss_chunk is not None:
+            check_count("Execution", "loss_chunk", self.loss_chunk)
         if self.expert_capacity is not None:
             check_number("Execution", "expert_capacity", self.expert_capacity, 0.0)
+        if self.pipeline_microbatches is not None:
+            check_count("Execution", "pipeline_microbatches", self.pipeline_microbatches)
+        check_count("Execution", "pipeline_repeats", self.pipeline_repeats)

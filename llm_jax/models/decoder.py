@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
-from llm_jax.kernels.attention import DenseContext
 from llm_jax.models.blocks import Block, add_layers, through_layers
 from llm_jax.models.config import Execution, ModelConfig
-from llm_jax.models.embedding import Embedding, output_weight, positions_along
+from llm_jax.models.contexts import dense_context
+from llm_jax.models.embedding import Embedding, Output, output_weight, positions_along
 from llm_jax.models.heads import TaskHead, last_token
 from llm_jax.models.layers import make_norm
 from llm_jax.models.rope import rotations
@@ -76,10 +76,24 @@ class Decoder(nn.Module):
           float32 logits [B, T, V]; with `ModelConfig.head`, that head's result, see `heads.TaskHead`. One result a
           sequence is read from the last token of the row that is not padding.
         """
-        if positions_BT is None:
-            positions_BT = positions_along(tokens_BT, self.config)
-        x_BTD, _ = self.hidden(tokens_BT, positions_BT, DenseContext(segment_ids_BT))
+        x_BTD = self._rows(tokens_BT, segment_ids_BT, positions_BT)
         head = self.config.head
         if head is not None:
             return self.head(last_token(x_BTD, segment_ids_BT) if head.per_sequence else x_BTD)
         return self.logits(x_BTD)
+
+    def states(self, tokens_BT: Array, segment_ids_BT: Array | None = None,
+               positions_BT: Array | None = None) -> tuple[Array, Output]:
+        """`hidden` of whole rows, and what turns it into logits: for losses that never hold the logits of all tokens.
+
+        Args:
+          tokens_BT, segment_ids_BT, positions_BT: as `__call__` takes them.
+        Returns:
+          [B, T, D] in the execution dtype, and the output projection.
+        """
+        return self._rows(tokens_BT, segment_ids_BT, positions_BT), self.embed.output(self.unembed)
+
+    def _rows(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array | None) -> Array:
+        if positions_BT is None:
+            positions_BT = positions_along(tokens_BT, self.config)
+        return self.hidden(tokens_BT, positions_BT, dense_context(self.execution, segment_ids_BT))[0]

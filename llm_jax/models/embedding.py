@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,46 @@ import jax.numpy as jnp
 from llm_jax.errors import UserError
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import fan_in_normal, linear, make_norm, weight
+from llm_jax.models.lookup import look_up
 
 Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What turns a last hidden state into logits: cap · tanh((scale · x · weight + bias) / cap).
+
+    Attributes:
+      weight: [D, V], or the table of embeddings [V, D].
+      is_table: whether it is that table.
+      scale: `ModelConfig.logit_scale`.
+      soft_cap: `ModelConfig.logit_soft_cap`.
+    """
+
+    weight: Any
+    is_table: bool = dataclasses.field(default=False, metadata={"static": True})
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def scaled(self, x: Array) -> Array:
+        """What is multiplied with the weight."""
+        return x if self.scale is None else x * self.scale
+
+    def product(self, x: Array, weight: Any) -> Array:
+        """float32 x · weight (or its transpose, of a table), in x's dtype; x [..., D]."""
+        if not self.is_table:
+            return linear(x, weight, out_dtype=jnp.float32)
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+
+    def capped(self, logits: Array) -> Array:
+        """The logits, kept within ± the soft cap where there is one."""
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+    def slope(self, logits: Array) -> Array | float:
+        """∂ capped / ∂ uncapped, told by the capped logits."""
+        return 1.0 if self.soft_cap is None else 1.0 - jnp.square(logits / self.soft_cap)
 
 
 class Embedding(nn.Module):
@@ -34,16 +73,22 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BT: Array, positions_BT: Array, dtype: Any, token_types_BT: Array | None = None) -> Array:
         c = self.config
-        x_BTD = _rows(self.table_VD, tokens_BT)
+        x_BTD = look_up(self.table_VD, tokens_BT, "lookup_vocab")
         if c.embed_scale is not None:
             x_BTD = x_BTD * c.embed_scale
         if c.positions == "learned":
-            x_BTD = x_BTD + _rows(self.position_CD, positions_BT)
+            x_BTD = x_BTD + look_up(self.position_CD, positions_BT)
         if c.token_types:
             types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
-            x_BTD = x_BTD + _rows(self.token_type_YD, types_BT)
+            x_BTD = x_BTD + look_up(self.token_type_YD, types_BT)
         x_BTD = x_BTD.astype(dtype)
         return self.norm(x_BTD) if c.embed_norm else x_BTD
+
+    def output(self, unembed_DV: Any = None) -> Output:
+        """What makes the logits; `unembed_DV` is the output projection, None where it is the table of embeddings."""
+        c = self.config
+        return Output(self.table_VD if unembed_DV is None else unembed_DV, unembed_DV is None, c.logit_scale,
+                      c.logit_soft_cap)
 
     def logits(self, x_BTD: Array, unembed_DV: Any = None, bias_V: Array | None = None) -> Array:
         """float32 logits [B, T, V] of a last hidden state.
@@ -53,19 +98,11 @@ class Embedding(nn.Module):
           unembed_DV: the output projection (`output_weight`); None where it is the table of embeddings.
           bias_V: added to the logits.
         """
-        c = self.config
-        if c.logit_scale is not None:
-            x_BTD = x_BTD * c.logit_scale
-        if unembed_DV is None:
-            dims = (((x_BTD.ndim - 1,), (1,)), ((), ()))
-            logits_BTV = jax.lax.dot_general(x_BTD, self.table_VD.astype(x_BTD.dtype), dims,
-                                             preferred_element_type=jnp.float32)
-        else:
-            logits_BTV = linear(x_BTD, unembed_DV, out_dtype=jnp.float32)
+        output = self.output(unembed_DV)
+        logits_BTV = output.product(output.scaled(x_BTD), output.weight)
         if bias_V is not None:
             logits_BTV = logits_BTV + bias_V.astype(jnp.float32)
-        if c.logit_soft_cap is not None:
-            logits_BTV = c.logit_soft_cap * jnp.tanh(logits_BTV / c.logit_soft_cap)
+        logits_BTV = output.capped(logits_BTV)
         return nn.with_logical_constraint(logits_BTV, ("batch", "length", "activation_vocab"))
 
 
@@ -75,10 +112,6 @@ def output_weight(module: nn.Module, config: ModelConfig) -> Any:
         return None
     return weight(module, "unembed", fan_in_normal(config.embed_dim), (config.embed_dim, config.vocab_size),
                   ("embed", "vocab"))
-
-
-def _rows(table: Array, index: Array) -> Array:
-    return jnp.take(table, index, axis=0, mode="clip").astype(jnp.float32)
 
 
 def positions_along(tokens_BT: Array, config: ModelConfig) -> Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
-from llm_jax.kernels.attention import DenseContext
 from llm_jax.models.blocks import Block, add_layers, through_layers
 from llm_jax.models.config import Execution, ModelConfig
+from llm_jax.models.contexts import dense_context
 from llm_jax.models.embedding import Embedding, output_weight, positions_along
 from llm_jax.models.heads import TaskHead, dense, first_token, mean_token
 from llm_jax.models.layers import activation, make_norm, weight
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         c, e = self.config, self.execution
         positions_BT = positions_along(tokens_BT, c) if positions_BT is None else positions_BT
         x_BTD = self.embed(tokens_BT, positions_BT, jnp.dtype(e.dtype), token_types_BT)
-        turns, context = rotations(c, positions_BT, e.rope_context), DenseContext(segment_ids_BT, causal=False)
+        turns, context = rotations(c, positions_BT, e.rope_context), dense_context(e, segment_ids_BT, causal=False)
         bias_HTT = self.relative_positions(x_BTD.shape[1]) if c.positions == "relative" else None
         x_BTD, _ = through_layers(self, c, e, x_BTD, turns, context, bias_HTT)
         return x_BTD if c.norm_placement == "post" else self.final_norm(x_BTD)

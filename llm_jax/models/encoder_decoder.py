@@ -13,6 +13,7 @@ from llm_jax.kernels.attention import DenseContext
 from llm_jax.models.attention import Attention
 from llm_jax.models.blocks import Block, add_layers, residual, through_layers
 from llm_jax.models.config import Execution, ModelConfig
+from llm_jax.models.contexts import dense_context
 from llm_jax.models.embedding import Embedding, output_weight, positions_along
 from llm_jax.models.layers import Mlp, make_norm
 from llm_jax.models.layout import LayerKind, encoder_part
@@ -66,7 +67,7 @@ class EncoderStack(nn.Module):
         c, e = self.config, self.execution
         bias_HSS = self.relative_positions(x_BSD.shape[1]) if c.positions == "relative" else None
         turns = rotations(c, positions_BS, e.rope_context)
-        context = DenseContext(segment_ids_BS, causal=False)
+        context = dense_context(self.execution, segment_ids_BS, causal=False)
         return self.final_norm(through_layers(self, c, e, x_BSD, turns, context, bias_HSS)[0])
 
 
@@ -102,11 +103,10 @@ class EncoderDecoder(nn.Module):
         positions_BT = positions_along(decoder_tokens_BT, c)
         x_BTD = self.embed(decoder_tokens_BT, positions_BT, jnp.dtype(e.dtype))
         packed = segment_ids_BS is not None and decoder_segment_ids_BT is not None
-        across = DenseContext(decoder_segment_ids_BT if packed else None, segment_ids_BS, causal=False)
+        across = dense_context(e, decoder_segment_ids_BT if packed else None, segment_ids_BS, causal=False)
         bias_HTT = self.relative_positions(x_BTD.shape[1]) if c.positions == "relative" else None
-        turns = rotations(c, positions_BT, e.rope_context)
-        x_BTD, _ = through_layers(self, c, e, x_BTD, turns, DenseContext(decoder_segment_ids_BT), bias_HTT, source_BSD,
-                                  across)
+        turns, own = rotations(c, positions_BT, e.rope_context), dense_context(e, decoder_segment_ids_BT)
+        x_BTD, _ = through_layers(self, c, e, x_BTD, turns, own, bias_HTT, source_BSD, across)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Array) -> Array:

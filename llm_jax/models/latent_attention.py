@@ -13,12 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.kernels.attention import DenseContext, attention
+from llm_jax.kernels.attention import DenseContext
+from llm_jax.models.attention_maps import keep_map
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import RMSNorm, fan_in_normal, linear, weight
 from llm_jax.models.rope import Rotations, rotate
+from llm_jax.models.rows import attention
 
 Array = jax.Array
 
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         latent_BTR = RMSNorm(_NORM_EPS, name="kv_a_norm")(down_BTR[..., :m.kv_rank])
         turned_q_BTHK = rotate(q_BTHK[..., nope:], rotations[self.kind], c.rope_interleaved)
         turned_k_BT1K = rotate(down_BTR[:, :, None, m.kv_rank:], rotations[self.kind], c.rope_interleaved)
-        options = {"scale": c.score_scale, "soft_cap": c.attention_soft_cap,
+        options: dict[str, Any] = {"scale": c.score_scale, "soft_cap": c.attention_soft_cap,
                    "window": c.sliding_window if self.kind == "local" else None}
         if isinstance(context, DenseContext):
             kv_b_RHK = weight(self, "kv_b", fan_in_normal(m.kv_rank), (m.kv_rank, h, nope + m.value_dim),
@@ -58,6 +59,7 @@ class LatentAttention(nn.Module):
             turned_k_BTHK = jnp.broadcast_to(turned_k_BT1K, (*up_BTHK.shape[:3], m.rope_dim))
             q_BTHK = jnp.concatenate([q_BTHK[..., :nope], turned_q_BTHK], axis=-1)
             k_BTHK = jnp.concatenate([up_BTHK[..., :nope], turned_k_BTHK], axis=-1)
+            keep_map(self, q_BTHK, k_BTHK, context, **options)
             out_BTHK, cache = attention(q_BTHK, k_BTHK, up_BTHK[..., nope:], context, cache, **options)
         else:
             keys_HKR, values_HRV = (self.get_variable("params", name).astype(x_BTD.dtype) for name in ABSORBED)
@@ -66,7 +68,7 @@ class LatentAttention(nn.Module):
             k_BT1R = jnp.concatenate([latent_BTR[:, :, None], turned_k_BT1K], axis=-1)
             out_BTHR, cache = attention(q_BTHR, k_BT1R, None, context, cache, value_dim=m.kv_rank, **options)
             out_BTHK = jnp.einsum("bthr,hrv->bthv", out_BTHR, values_HRV)
-        return linear(checkpoint_name(out_BTHK, "attention"), o_HKD, contract=2), cache
+        return linear(out_BTHK, o_HKD, contract=2), cache
 
     def _queries(self, x_BTD: Array) -> Array:
         c, m = self.config, self.config.latent

@@ -27,17 +27,20 @@ def weight(module: nn.Module, name: str, init: Initializer, shape: Sequence[int]
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
 
-def linear(x: Array, w: Array, contract: int = 1, out_dtype: Any = None) -> Array:
+def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
     """Contracts the last `contract` axes of `x` with the first of `w`, in `x`'s dtype.
 
     Args:
       x: [..., a1, .., an], n = contract.
-      w: [a1, .., an, ...]; float32 or already in x's dtype.
+      w: [a1, .., an, ...]; float32 or already in x's dtype. Or an object with a method
+        `linear(x, contract, out_dtype)`, which does this in a way of its own.
       contract: number of axes summed over.
       out_dtype: dtype of the result; default x's own. float32 accumulates bfloat16 products in float32.
     Returns:
       x · w with x's leading axes and w's trailing ones.
     """
+    if not hasattr(w, "astype"):
+        return w.linear(x, contract, out_dtype)
     axes = tuple(range(contract))
     dims = ((tuple(a + x.ndim - contract for a in axes), axes), ((), ()))
     return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=out_dtype or x.dtype)

@@ -23,10 +23,11 @@ def make_eval_step(model: Any) -> Callable[[Any, dict], tuple[jax.Array, jax.Arr
     execution = getattr(model, "execution", None)
     if execution is not None and execution.expert_capacity is not None:
         model = model.clone(execution=dataclasses.replace(execution, expert_capacity=None))
+    loss_chunk = None if execution is None else execution.loss_chunk
 
     @jax.jit
     def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
-        _, sums = next_token_sums(model.apply, params, batch)
+        _, sums = next_token_sums(model.apply, params, batch, loss_chunk=loss_chunk)
         return sums["loss_sum"], sums["weight_sum"]
 
     return eval_step

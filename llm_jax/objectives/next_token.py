@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.models import ModelConfig, router_by_layer
+from llm_jax.models.rows import lay_out
 from llm_jax.objectives.balance import balance_loss
+from llm_jax.objectives.chunked_loss import chunked_sums
 
 Array = jax.Array
 Apply = Callable[..., Any]
@@ -55,7 +57,8 @@ def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
 
 
 def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *, z_loss: float = 0.0,
-                    config: ModelConfig | None = None) -> tuple[Array, dict[str, Any]]:
+                    config: ModelConfig | None = None,
+                    loss_chunk: int | None = None) -> tuple[Array, dict[str, Any]]:
     """The objective summed over the positions that count.
 
     Args:
@@ -69,6 +72,8 @@ def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None =
         `balance_loss` of this batch, times the positions that count, is part of the sum to minimise. Over microbatches
         that comes to the mean of their own balance losses, weighted by their positions, and not to the loss of all
         their tokens together. None gathers nothing.
+      loss_chunk: the most tokens whose logits a device holds at once, for models with a method `states`
+        (`models.Decoder`); see `chunked_loss`. None holds those of the whole batch.
 
     Returns:
       The sum to minimise (float32 scalar), and sums for metrics: `loss_sum` (cross-entropy alone, nats), `z_loss_sum`,
@@ -76,18 +81,27 @@ def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None =
     """
     experts = None if config is None else config.experts
     targets_BT, weights_BT = targets_and_weights(batch)
+    batch = lay_out({**batch, "targets": targets_BT, "weights": weights_BT})
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
     streams = {} if rng is None else {"rngs": {"dropout": rng}}
-    gathered = {} if experts is None else {"mutable": ["router"]}
-    logits_BTV = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), **streams,
-                       **gathered)
+    gathered: dict[str, Any] = {} if experts is None else {"mutable": ["router"]}
+    if loss_chunk is not None:
+        gathered |= {"method": "states"}
+    made: Any = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), **streams,
+                 **gathered)
     if experts is not None:
-        logits_BTV, collections = logits_BTV
-    losses_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
-    loss_sum = jnp.sum(losses_BT * weights_BT)
-    z_loss_sum = z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT) if z_loss else jnp.zeros((), jnp.float32)
+        made, collections = made
+    metrics: dict[str, Any]
+    if loss_chunk is None:
+        losses_BT, log_z_BT = token_losses(made, targets_BT)
+        loss_sum = jnp.sum(losses_BT * weights_BT)
+        z_loss_sum = z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT) if z_loss else jnp.zeros((), jnp.float32)
+        objective_sum, metrics = loss_sum + z_loss_sum, {"loss_sum": loss_sum, "z_loss_sum": z_loss_sum}
+    else:
+        objective_sum, metrics = chunked_sums(made[0], made[1], targets_BT, weights_BT, chunk=loss_chunk,
+                                              z_loss=z_loss)
     weight_sum = jnp.sum(weights_BT)
-    metrics: dict[str, Any] = {"loss_sum": loss_sum, "z_loss_sum": z_loss_sum, "weight_sum": weight_sum}
-    objective_sum = loss_sum + z_loss_sum
+    metrics["weight_sum"] = weight_sum
     if experts is not None:
         metrics["router"] = router_by_layer(collections["router"], config)
         if experts.balance_weight:
@@ -96,7 +110,9 @@ def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None =
 
 
 def next_token_loss(apply: Apply, params: Any, batch: Batch, rng: Array | None = None, *, z_loss: float = 0.0,
-                    config: ModelConfig | None = None) -> tuple[Array, dict[str, Any]]:
+                    config: ModelConfig | None = None,
+                    loss_chunk: int | None = None) -> tuple[Array, dict[str, Any]]:
     """`next_token_sums` per position that counts: (mean objective in nats per token, the same sums)."""
-    objective_sum, metrics = next_token_sums(apply, params, batch, rng, z_loss=z_loss, config=config)
+    objective_sum, metrics = next_token_sums(apply, params, batch, rng, z_loss=z_loss, config=config,
+                                             loss_chunk=loss_chunk)
     return objective_sum / jnp.maximum(metrics["weight_sum"], 1.0), metrics

@@ -73,4 +73,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if size < len(devices) and jax.process_count() > 1:
         raise UserError(f"a mesh of {size} devices would leave {len(devices) - size} of {len(devices)} idle, which "
                         f"{jax.process_count()} processes can't do; set MeshConfig.data=-1 to use all")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:size])
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:size])
+    except NotImplementedError:
+        wanted = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+        raise UserError(f"a mesh of {wanted} can't be laid along the network of {size} {devices[0].device_kind}: each "
+                        "mesh axis has to be the product of whole axes of the network; choose other sizes, or another "
+                        "topology") from None

@@ -28,8 +28,9 @@ def find_model(model: ModelConfig | None, init_from: epath.PathLike | None, run_
     Raises:
       UserError: nothing says what the model is, the two say different things, or `run_dir` holds an imported model.
     """
-    if manifest is not None and "imported" in manifest:
-        raise UserError(f"{run_dir} holds an imported model, which stays as it is: train another run from it, with "
+    if manifest is not None and ("imported" in manifest or "promoted" in manifest):
+        kind = "a promoted" if "promoted" in manifest else "an imported"
+        raise UserError(f"{run_dir} holds {kind} model, which stays as it is: train another run from it, with "
                         f"--gin.INIT_FROM={run_dir} and a RUN_DIR of its own")
     if init_from is not None and storage.located(init_from) == storage.located(run_dir):
         raise UserError(f"INIT_FROM and RUN_DIR are both {run_dir}: what a run begins with is another run")

@@ -14,13 +14,14 @@ from llm_jax import models
 from llm_jax.data.prepare import prepare
 from llm_jax.models import ModelConfig
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
+from llm_jax.parallel.rules import ShardingRules, check_rows
 from llm_jax.training.loop import train
 from llm_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from llm_jax.training.state import abstract_state, state_shardings
-from llm_jax.training.step import ACTIVATION_RULES, check_batch_divides, update
+from llm_jax.training.step import update
 
 FILES = sorted(str(p.relative_to(gin_reader.ROOT)) for p in (gin_reader.ROOT / "gin").rglob("*.gin"))
-ROOTS = {"models": ModelConfig, "data": prepare, "runs": train}
+ROOTS = {"models": ModelConfig, "data": prepare, "rules": ShardingRules, "runs": train}
 
 
 def linked(file: str, *flags: tuple[str, str]) -> gin_config.Config:
@@ -60,7 +61,7 @@ def test_file_fits_the_code(file):
 def test_file_begins_with_what_it_is_for(file):
     lines = (gin_reader.ROOT / file).read_text().splitlines()
     assert lines[0].startswith("# ")
-    if not file.startswith("gin/models/"):
+    if not file.startswith(("gin/models/", "gin/rules/")):
         head = "\n".join(line for line in lines[:12] if line.startswith("#"))
         assert "python -m experiments." in head
 
@@ -86,17 +87,18 @@ def test_a_step_builds_abstractly(file):
              if name in ("num_steps", "gradient_accumulation")}
     accumulation = given.get("gradient_accumulation", 1)
     mesh = make_mesh(MeshConfig() if made["MeshConfig"].data == -1 else made["MeshConfig"])
-    check_batch_divides(data.batch_size, mesh, accumulation)
+    rules = made["ShardingRules"]
+    check_rows(data.batch_size, data.row_length, mesh, accumulation, rules.activations)
     model = models.Decoder(model_config, made["Execution"])
     optimizer = make_optimizer(rate, given["num_steps"], decay_mask(models.logical_axes(model)))
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(model, optimizer, mesh, rules)
     state = abstract_state(model, optimizer, shardings)
     row = jax.ShapeDtypeStruct((data.batch_size, data.row_length), "int32")
     schedule = learning_rate_schedule(rate, given["num_steps"])
-    with jax.set_mesh(mesh), models.activation_rules(ACTIVATION_RULES):
+    with jax.set_mesh(mesh), models.activation_rules(rules.activations):
         after, metrics = jax.eval_shape(
             lambda state, batch: update(model, optimizer, schedule, state, batch, accumulation=accumulation, mesh=mesh,
-                                        param_shardings=shardings.params),
+                                        gradient_shardings=shardings.params),
             state, dict.fromkeys(("tokens", "segment_ids", "positions"), row))
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     assert metrics["loss"].shape == ()

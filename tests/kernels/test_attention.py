@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.kernels.attention import DenseContext, attention
+from llm_jax.errors import UserError
+from llm_jax.kernels import attention as attention_module
+from llm_jax.kernels.attention import BACKENDS, DenseContext, attention, choose
+from llm_jax.kernels.attention_call import Call
+from llm_jax.models.config import ATTENTION, Execution
+from llm_jax.models.contexts import dense_context
 from tests.kernels import reference
+from tests.kernels.attention_cases import Case, assert_close, through
 
 G, K = 2, 8
 SCALE = 0.5  # not K^-0.5: what is asked for must be what is used
@@ -85,3 +91,56 @@ class TestDense:
             dense(q, k, v)
         with pytest.raises(ValueError, match="needs causal"):
             dense(q, q, q, DenseContext(causal=False), window=3)
+
+
+class TestBackends:
+    @pytest.mark.parametrize("case", [Case(segments="packed", window=9, soft_cap=2.0, V=5),
+                                      Case(T=20, S=31, causal=False, segments="both")])
+    def test_dense_and_its_gradients(self, case):
+        assert_close(through(case, "dense"), case.expected(), 2e-6)
+
+    def test_short_rows_are_dense_and_long_ones_in_blocks(self):
+        assert choose(Call(127, 127, 4, 2, 8, 8, "float32")) == "dense"
+        assert choose(Call(20, 128, 4, 2, 8, 8, "float32", causal=False, other_keys=True)) == "chunked"
+        assert choose(Call(4096, 4096, 4, 2, 8, 8, "float32", bias=True)) == "dense"
+        case = Case(T=150, S=150, H=2, segments="packed")
+        texts = {backend: str(jax.make_jaxpr(lambda *x, backend=backend: through(case, backend))())
+                 for backend in ("auto", "dense", "chunked")}
+        assert texts["auto"] == texts["chunked"] != texts["dense"]
+
+    def test_a_choice_that_can_not_be_kept_is_an_error_that_says_why(self):
+        call = Call(64, 64, 4, 2, 8, 8, "float32")
+        assert BACKENDS == ATTENTION and choose(call, "chunked") == "chunked"
+        for backend, platform in (("splash", "tpu"), ("cudnn", "gpu"), ("triton", "gpu")):
+            with pytest.raises(UserError, match=f"attention='{backend}' .* it is for {platform}, and this is cpu"):
+                choose(call, backend)
+        with pytest.raises(UserError, match="'chunked' .* bias"):
+            choose(Call(64, 64, 4, 2, 8, 8, "float32", bias=True), "chunked")
+        with pytest.raises(UserError, match="'flash' is not one of"):
+            choose(call, "flash")
+        with pytest.raises(UserError, match="'flash' is not one of"):
+            Execution(attention="flash")
+
+    def test_an_execution_chooses(self):
+        assert dense_context(Execution(attention="chunked")).backend == "chunked"
+        assert dense_context(Execution()).backend == "auto"
+
+    def test_divided_over_devices(self):
+        """Rows and heads on devices of their own, in blocks that fit them: the same values, and nothing exchanged."""
+        case = Case(T=150, S=150, H=4, G=2, segments="packed")
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
+                             devices=jax.devices()[:4])
+        by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
+        q, k, v, dout = (jax.device_put(x, by_head) for x in case.inputs())
+        context = DenseContext(jnp.asarray(case.segment_ids()[0]), batch_axes=("data",), head_axes=("tensor",))
+
+        def both(q, k, v, dout):
+            run = functools.partial(attention_module.dense_attention, context=context, **case.options())
+            out, transpose = jax.vjp(run, q, k, v)
+            return out, *transpose(dout)
+
+        with jax.set_mesh(mesh):
+            program = jax.jit(both, out_shardings=by_head).lower(q, k, v, dout).compile()
+        assert_close(program(q, k, v, dout), case.expected(), 2e-6)
+        text = program.as_text()
+        assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))

@@ -35,11 +35,11 @@ def test_sizes_that_make_no_sense(sizes):
 
 
 def test_logical_axes_become_mesh_axes():
-    assert rules.partition_spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert rules.partition_spec(("layers", "embed", "mlp")) == P("pipeline", "fsdp", "tensor")
     assert rules.partition_spec(("vocab", "embed")) == P("tensor", "fsdp")
-    assert rules.partition_spec(("layers", "heads", "head_dim", "embed")) == P(None, "tensor", None, "fsdp")
-    assert rules.partition_spec(("batch", "length")) == P(("data", "fsdp", "expert"), None)
-    assert rules.partition_spec(("layers", "experts", "embed", "mlp")) == P(None, "expert", "fsdp", "tensor")
+    assert rules.partition_spec(("layers", "heads", "head_dim", "embed")) == P("pipeline", "tensor", None, "fsdp")
+    assert rules.partition_spec(("batch", "length"), rules.ACTIVATIONS) == P(("data", "fsdp", "expert"), "sequence")
+    assert rules.partition_spec(("layers", "experts", "embed", "mlp")) == P("pipeline", "expert", "fsdp", "tensor")
     with pytest.raises(UserError, match="no entry for the logical axis 'embde'"):
         rules.partition_spec(("embde", None))
 

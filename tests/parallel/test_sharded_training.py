@@ -11,7 +11,7 @@ from llm_jax.parallel import rules
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
 from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
 from llm_jax.training.state import init_state, num_bytes_per_device, state_shardings
-from llm_jax.training.step import ACTIVATION_RULES, gradients, make_train_step
+from llm_jax.training.step import gradients, make_train_step
 from tests.training.common import LENGTH, MODEL, ROWS
 
 SHARDED = MeshConfig(fsdp=4, tensor=2)
@@ -36,17 +36,17 @@ def batch(vocab: int = 4) -> dict[str, np.ndarray]:
             "segment_ids": segments.astype(np.int32), "positions": positions.astype(np.int32)}
 
 
-def on_mesh(config: MeshConfig, table: rules.Rules = rules.RULES):
+def on_mesh(config: MeshConfig):
     mesh = make_mesh(config)
     optimizer = make_optimizer(CONFIG, 4, decay_mask(models.logical_axes(DECODER)))
-    shardings = state_shardings(DECODER, optimizer, mesh, table)
+    shardings = state_shardings(DECODER, optimizer, mesh)
     return mesh, optimizer, shardings, init_state(DECODER, optimizer, 0, shardings)
 
 
 def loss_and_gradients(mesh, shardings, params, vocab=4):
     def compute(params, rows):
-        with models.activation_rules(ACTIVATION_RULES):
-            grads, sums = gradients(DECODER, params, rows, None, mesh=mesh, param_shardings=shardings.params)
+        with models.activation_rules(rules.ACTIVATIONS):
+            grads, sums = gradients(DECODER, params, rows, None, mesh=mesh, gradient_shardings=shardings.params)
         return grads, sums["loss_sum"] / sums["weight_sum"]
 
     with jax.set_mesh(mesh):
@@ -118,7 +118,7 @@ def test_bytes_per_device_are_as_promised_before_and_after_a_step(sharded):
 
 
 def test_a_rule_table_that_does_nothing_would_be_noticed():
-    nothing = dict.fromkeys(rules.RULES)
+    nothing = rules.ShardingRules(dict.fromkeys(rules.RULES))
     mesh = make_mesh(SHARDED)
     optimizer = make_optimizer(CONFIG, 4)
     shardings = state_shardings(DECODER, optimizer, mesh, nothing)

@@ -17,13 +17,13 @@ from llm_jax.errors import UserError
 from llm_jax.models import Execution, Experts
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
 from llm_jax.training import loop
-from llm_jax.training.metrics import Reporter
 from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
+from llm_jax.training.reporter import Reporter
 from llm_jax.training.state import state_shardings
 from llm_jax.training.step import make_train_step
 from tests.training.common import MODEL, settings
 from tests.training.test_loop import saved_arrays
-from tests.training.test_metrics import STEP
+from tests.training.test_reporter import STEP
 
 MIXTURE = dataclasses.replace(MODEL, mlp_pattern=("dense", "experts"), experts=Experts(
     8, 2, 16, scoring="sigmoid", selection_bias=True, shared_dim=8, balance_weight=0.1))

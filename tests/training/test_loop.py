@@ -19,7 +19,7 @@ from llm_jax import runs
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.data.loader import DataConfig, TrainLoader
 from llm_jax.errors import UserError
-from llm_jax.training import loop
+from llm_jax.training import loop, trainer
 from llm_jax.training.optimizer import OptimizerConfig
 from llm_jax.training.signals import StopRequest
 from tests.training.common import LENGTH, MODEL, ROWS, settings
@@ -41,8 +41,11 @@ def saved_arrays(run_dir, step=None) -> dict[str, np.ndarray]:
     with Checkpoints(pathlib.Path(run_dir) / "checkpoints", read_only=True) as checkpoints:
         step = step or checkpoints.latest_step()
     found = {}
+    reader = ocp.PyTreeCheckpointer()
     for item in ("params", "state"):
-        tree = ocp.StandardCheckpointer().restore(pathlib.Path(run_dir) / "checkpoints" / str(step) / item)
+        path = pathlib.Path(run_dir) / "checkpoints" / str(step) / item
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata)
+        tree = reader.restore(path, restore_args=as_numpy)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
@@ -53,7 +56,7 @@ def straight(data_dir, tmp_path_factory):
     """Twenty steps without a stop: (run directory, what `train` returned, the batches)."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "TrainLoader", recording(folder / "batches"))
+        patch.setattr(trainer, "TrainLoader", recording(folder / "batches"))
         metrics = loop.train(**settings(folder / "run", data_dir, config_text="# the configuration\n"))
     return folder / "run", metrics, (folder / "batches").read_text().splitlines()
 
@@ -86,7 +89,7 @@ def test_metrics_are_written_for_every_interval(straight):
 
 def test_a_finished_run_says_so_without_touching_a_device(straight, data_dir, monkeypatch, capsys):
     run_dir, metrics, _ = straight
-    monkeypatch.setattr(loop, "_Run", None)
+    monkeypatch.setattr(loop, "Trainer", None)
     began = time.perf_counter()
     assert loop.train(**settings(run_dir, data_dir)) == metrics
     assert time.perf_counter() - began < 2
@@ -115,7 +118,7 @@ def test_ten_steps_a_kill_and_a_resume_give_the_same_bits(straight, data_dir, tm
     assert [line.split()[0] for line in first] == [str(n) for n in range(12)]
     assert not json.loads((run_dir / "manifest.json").read_text())["finished_steps"]
 
-    monkeypatch.setattr(loop, "TrainLoader", recording(batches))
+    monkeypatch.setattr(trainer, "TrainLoader", recording(batches))
     metrics = loop.train(**settings(run_dir, data_dir))
     resumed = batches.read_text().splitlines()[len(first):]
     assert first[:10] + resumed == straight[2], "the batches after the resume are not those of the run without a stop"
@@ -170,7 +173,7 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkp
 
 
 def test_a_run_directory_that_cannot_be_written_is_said_before_anything_else(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_Run", None)
+    monkeypatch.setattr(loop, "Trainer", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't write to the run directory .*/file/run"):
         loop.train(**settings(tmp_path / "file" / "run", data_dir))
@@ -225,7 +228,7 @@ def test_a_full_disk_is_one_message(data_dir, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="can't write a checkpoint to .*: No space left on device; there is none"):
             loop.train(**settings(tmp_path / "run", data_dir, num_steps=5, eval_batches=1))
     with monkeypatch.context() as patch:
-        patch.setattr("llm_jax.training.metrics._JsonLines.flush", full)
+        patch.setattr("llm_jax.training.metric_log.JsonLines.flush", full)
         with pytest.raises(UserError, match="can't write to the run directory .*No space left on device"):
             loop.train(**settings(tmp_path / "run", data_dir, num_steps=5, eval_batches=1))
 

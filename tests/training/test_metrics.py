@@ -1,15 +1,9 @@
 from __future__ import annotations
 
-import json
-import re
-import sys
-
 import numpy as np
 import pytest
 
-from llm_jax.training.metrics import Reporter, clock, memory_in_use, model_flops_utilisation, peak_flops
-
-STEP = {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "param_norm": 9.0, "tokens": 100.0, "z_loss": 0.0}
+from llm_jax.training.metrics import clock, memory_in_use, model_flops_utilisation, peak_flops
 
 
 @pytest.mark.parametrize("kind, peak", [
@@ -33,52 +27,3 @@ def test_durations_are_readable():
 
 def test_memory_of_the_host_is_reported():
     assert 0.01 < memory_in_use()["host"] < 1000
-
-
-def test_a_resumed_report_replaces_what_came_after_its_checkpoint(tmp_path, capsys):
-    def report(first: int, last: int, **totals) -> dict:
-        reporter = Reporter(tmp_path, 8, first, flops_per_token=1.0, num_devices=1, **totals)
-        for step in range(first + 1, last + 1):
-            reporter.step(step, STEP)
-            if step % 2 == 0:
-                reporter.interval(step, STEP)
-        reporter.close()
-        return reporter.totals()
-
-    totals = report(0, 6)
-    assert totals["trained_tokens"] == 600 and totals["tokens_per_second"] > 0
-    again = report(4, 8, tokens=400.0, seconds=1.0, speed=300.0)
-    assert again["trained_tokens"] == 800 and again["seconds"] > 1
-    np.testing.assert_allclose(again["tokens_per_second"] * again["seconds"], 300 + 300, rtol=1e-6)  # one step compiled
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6, 8]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 5 and said[0].startswith("step 2/8  loss 2.0000  ppl 7.4  lr 1.00e-03  grad 0.500")
-
-
-def test_a_first_step_alone_is_reported_without_a_speed(tmp_path, capsys):
-    reporter = Reporter(tmp_path, 2, 0, flops_per_token=1.0, num_devices=1)
-    for step in (1, 2):
-        reporter.step(step, STEP)
-        row = reporter.interval(step, STEP)
-        assert ("tokens_per_second" in row) == ("seconds_per_step" in row) == (step == 2)
-    reporter.close()
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 1/2  loss 2.0000") and "tokens/s" not in first and first.endswith("left ?")
-    assert "tokens/s" in second
-    assert reporter.totals()["trained_tokens"] == 200
-
-
-def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    Reporter(tmp_path, 2, 0, flops_per_token=1.0, num_devices=1).close()
-    assert re.fullmatch(r"note: tensorboardX is not installed.*metrics.jsonl.*\n", capsys.readouterr().err)
-
-
-def test_a_process_that_does_not_lead_writes_nothing(tmp_path, capsys):
-    reporter = Reporter(tmp_path / "logs", 2, 0, flops_per_token=1.0, num_devices=1, is_lead=False)
-    reporter.step(1, STEP)
-    reporter.step(2, STEP)
-    reporter.interval(2, STEP)
-    reporter.close()
-    assert not (tmp_path / "logs").exists() and not capsys.readouterr().err

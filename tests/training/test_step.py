@@ -14,7 +14,7 @@ from llm_jax.parallel import rules
 from llm_jax.parallel.mesh import MeshConfig, make_mesh
 from llm_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
 from llm_jax.training.state import init_state, state_shardings
-from llm_jax.training.step import check_batch_divides, gradients, make_train_step, microbatches
+from llm_jax.training.step import gradients, make_train_step, microbatches
 from tests.models.drawn import drawn_params
 from tests.training.common import LENGTH, MODEL, ROWS, VOCAB
 
@@ -23,9 +23,10 @@ CONFIG = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=1)
 
 
 def rows(seed: int) -> dict[str, np.ndarray]:
-    """Rows of very different lengths, so that a mean of means would be wrong."""
+    """Rows of very different lengths, so that a mean of means would be wrong: one of four microbatches has nothing to
+    predict."""
     random = np.random.default_rng(seed)
-    filled = np.arange(LENGTH) < np.array([32, 3, 20, 2, 32, 9, 5, 31])[:, None]
+    filled = np.arange(LENGTH) < np.array([32, 3, 20, 0, 32, 15, 16, 1])[:, None]
     return {"tokens": (random.integers(1, VOCAB, (ROWS, LENGTH)) * filled).astype(np.int32),
             "segment_ids": filled.astype(np.int32),
             "positions": (np.arange(LENGTH) * filled).astype(np.int32)}
@@ -70,10 +71,12 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(setup):
     params, batch = state().params, rows(0)
 
     def compute(accumulation):
-        both = jax.jit(lambda p, b: gradients(DECODER, p, b, None, z_loss=1e-3, accumulation=accumulation))
-        return both(params, batch)
+        both = jax.jit(lambda p, b, scale: gradients(DECODER, p, b, None, z_loss=1e-3, accumulation=accumulation,
+                                                     loss_scale=scale))
+        return [both(params, batch, jnp.float32(scale)) for scale in (1.0, 2.0**20)]
 
-    (whole, whole_sums), (parts, part_sums) = compute(1), compute(4)
+    ((whole, whole_sums), _), ((parts, part_sums), (scaled, _)) = compute(1), compute(4)
+    jax.tree.map(np.testing.assert_array_equal, scaled, parts)  # a power of two changes no bit
     for name, value in whole_sums.items():
         np.testing.assert_allclose(part_sums[name], value, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -117,6 +120,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(setup):
 
 def test_rows_have_to_divide_among_devices_and_microbatches():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
-    check_batch_divides(16, mesh, 4)
+    rules.check_rows(16, LENGTH, mesh, 4)
     with pytest.raises(UserError, match="12 rows .* 4 devices .* 2 microbatches; choose a multiple of 8, such as 16"):
-        check_batch_divides(12, mesh, 2)
+        rules.check_rows(12, LENGTH, mesh, 2)

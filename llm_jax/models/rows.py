@@ -1,0 +1,86 @@
+"""Rows whose tokens are cut among devices: what the activation rules in force say of them, the order in which their
+tokens lie, and attention among them.
+
+Wherever the rules divide "length", a row's tokens lie in the order of `parallel.sequence.row_order`. Everything but
+attention looks at a token alone, or at its position, which is given; so it is enough that a batch is brought into that
+order once (`lay_out`, which `objectives.next_token` calls), its targets with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.errors import UserError
+from llm_jax.kernels.attention import DenseContext
+from llm_jax.kernels.attention import attention as whole_attention
+from llm_jax.models.activations import constrained
+from llm_jax.parallel.sequence import RowCut, row_attention, row_order
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CutContext(DenseContext):
+    """Rows that attend to themselves, cut among devices.
+
+    Attributes:
+      cut: how; static.
+      way: "ring" or "gather", see `parallel.sequence.row_attention`; static.
+    """
+
+    cut: RowCut | None = dataclasses.field(default=None, metadata={"static": True})
+    way: str = dataclasses.field(default="ring", metadata={"static": True})
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that the rules in force give a logical axis."""
+    axes = (nn.logical_to_mesh_axes((name,)) or (None,))[0]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def row_cut() -> RowCut | None:
+    """How the rules in force cut rows [B, T, H, K] on the mesh that is set; None where each token of a row is on the
+    same device."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), mesh_axes("length")
+    if mesh.empty or not axes or mesh.shape[axes[0]] == 1:
+        return None
+    return RowCut(axes[0], mesh.shape[axes[0]], mesh_axes("batch"), mesh_axes("activation_heads"))
+
+
+def lay_out(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """A batch as the rules in force lay it out: as it is, or its tokens in the order in which devices share a row's.
+
+    Args:
+      batch: arrays [B, T]. Neighbours may be no neighbours afterwards, so what is told by the next token has to be
+        there already: `targets` and `weights`. Without `positions` they are 0, 1, 2, … along the row.
+    """
+    cut, T = row_cut(), batch["tokens"].shape[1]
+    if cut is None:
+        return dict(batch)
+    if T % (2 * cut.parts):
+        raise UserError(f"rows of {T} tokens can't be divided among {cut.parts} devices ({cut.axis}), each with two "
+                        f"stretches of a row; choose a multiple of {2 * cut.parts}")
+    order = row_order(T, cut.parts)
+    along = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), batch["tokens"].shape)
+    return {name: constrained(x_BT[:, order], ("batch", "length"))
+            for name, x_BT in ({"positions": along} | dict(batch)).items()}
+
+
+def attention(q_BTHK: Array, k_BSGK: Array, v_BSGV: Array | None, context: Any, cache: Any = None,
+              **options: Any) -> tuple[Array, Any]:
+    """`kernels.attention.attention`, whose arguments these are, also of rows that are cut among devices."""
+    if not isinstance(context, CutContext):
+        return whole_attention(q_BTHK, k_BSGK, v_BSGV, context, cache, **options)
+    bias_HTS = options.pop("bias_HTS", None)
+    if bias_HTS is not None or context.key_segment_ids_BS is not None or q_BTHK.shape[1] != k_BSGK.shape[1]:
+        raise UserError("attention with a bias, or to other tokens, can't be cut along the tokens of a row: leave "
+                        "MeshConfig.sequence at 1")
+    return row_attention(q_BTHK, k_BSGK, v_BSGV, context.segment_ids_BT, context.cut, way=context.way,
+                         causal=context.causal, **options), cache
