@@ -101,7 +101,7 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     finally:
         process.kill()
         process.communicate()
-    last = [line for line in out.splitlines() if " running, " not in line][-1]  # statistics come on a thread of their own
+    last = [line for line in out.splitlines() if " running, " not in line][-1]  # not of statistics
     assert (process.returncode, last) == (0, "stopped") and "Traceback" not in err
     # While something happened, a line of statistics now and then.
     lines = said[:-1] + out.splitlines()[:-1]
