@@ -23,18 +23,15 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import report
 from benchmarks.serve_trace import noise
-from benchmarks.serve_trace.__main__ import processor, version
 from benchmarks.serve_trace.workers import Worker
 from benchmarks.train_contenders import SHAPES
 
@@ -90,8 +87,8 @@ def on_cpu(args: argparse.Namespace, scratch: pathlib.Path, say: Callable[[str],
             losses[name] = first["loss"]
             say(f"{name}: {first['seconds']:.0f} s for the first {WARM_UP_STEPS} steps, compiling included")
 
-        def measured(worker: Worker, number: int) -> float:
-            del number
+        def measured(worker: Worker, number: int, attempt: int) -> float:
+            del number, attempt
             return worker.ask("train", count=args.steps)["seconds"]
 
         kept = noise.interleaved({name: functools.partial(measured, worker) for name, worker in workers.items()},
@@ -168,15 +165,7 @@ def table(made: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures; the last line of its output is JSON."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contenders' processes end too
-    noise.use_cpus(args.threads)
-    began = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-          + f"; {args.threads} cores of {processor()}")
+    say = report.begin(PACKAGES, args.threads)
     with tempfile.TemporaryDirectory(prefix="train-speed-") as directory:
         scratch = pathlib.Path(directory)
         platforms = os.environ.pop("JAX_PLATFORMS", None)

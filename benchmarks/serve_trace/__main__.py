@@ -21,12 +21,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import report
 from benchmarks.serve_trace import noise, results, trace
 from benchmarks.serve_trace.results import CONTINUOUS, ENGINE, STATIC, Served
 from benchmarks.serve_trace.workers import ROOT, Worker
@@ -205,15 +203,7 @@ def static_bound(run_dir: str, arrivals: Sequence[trace.Arrival], args: argparse
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures; the last line of its output is JSON."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contenders' processes end too
-    noise.use_cpus(args.threads)
-    began = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    print(f"Python {platform.python_version()}, " + ", ".join(
-        f"{name} {version(name)}" for name in PACKAGES) + f"; {args.threads} cores of {processor()}")
+    say = report.begin(PACKAGES, args.threads)
     measured = {}
     whole = sum(SHARES[m] for m in args.models)
     with tempfile.TemporaryDirectory(prefix="serve-trace-") as scratch:
@@ -229,22 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made["engine_latency_ms"] = {m: found["latency"] for m, found in measured.items() if found["latency"]}
     print(json.dumps(made | {"trace": pathlib.Path(args.trace).name if args.trace else "synthetic", "noisy": noisy}))
     return 0
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
