@@ -23,22 +23,6 @@ import sys
 import tempfile
 import time
 
-# What XLA wants to know of the chip (an `xla.gpu.GpuTargetConfigProto`), from NVIDIA's data sheet of the H100 SXM.
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132 fpus_per_core: 128 threads_per_warp: 32 clock_rate_ghz: 1.98
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 84978434048
-}
-platform_name: "CUDA"
-runtime_version { major: 13 }
-dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 PAGE, PAGES = 16, 4096
 
 
@@ -119,22 +103,22 @@ def main() -> int:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump.name}"
     import jax  # it reads the environment
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
-    from jax.experimental import topologies
 
+    from llm_jax.analysis import topology
+    from llm_jax.errors import UserError
     from llm_jax.kernels import paged_triton
     from llm_jax.kernels.attention import DenseContext, dense_attention
     from llm_jax.kernels.paged import PagedContext, make_pool
 
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    except (RuntimeError, NotImplementedError) as error:
-        sys.exit(f"this JAX cannot compile for CUDA: {str(error).splitlines()[0]}\n"
-                 f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}")
+        devices = topology.devices("h100:1")
+    except UserError as error:
+        sys.exit(str(error))
     try:
         cudnn.check_cudnn_version()
     except RuntimeError:  # not installed here; programs call it, and it plans nothing before they run
         cudnn.check_cudnn_version = lambda: 91200
-    mesh = jax.make_mesh((1,), ("gpu",), (jax.sharding.AxisType.Auto,), devices=topology.devices)
+    mesh = jax.make_mesh((1,), ("gpu",), (jax.sharding.AxisType.Auto,), devices=devices)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def abstract(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
@@ -186,7 +170,7 @@ def main() -> int:
         return program, time.perf_counter() - began, used
 
     right = True
-    print(f"jax {jax.__version__}, {topology.devices[0].device_kind}")
+    print(f"jax {jax.__version__}, {devices[0].device_kind}")
     for case in (*CASES[:arguments.cases], *TRAIN[:arguments.train]):
         result = compiled(case)
         if result is None:

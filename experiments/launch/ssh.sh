@@ -52,10 +52,11 @@ stop() { # -tt: the command at the other end gets a hang-up, and then ends, when
 }
 trap 'stop; exit 130' INT
 trap 'stop; exit 143' TERM
-for ((attempt = 0; attempt <= max_restarts; attempt++)); do
-  pids=() statuses=()
+run=("$@")
+attempt() {
+  pids=()
   for i in "${!names[@]}"; do
-    ssh -tt "${names[$i]}" "$(command_of "$i" "$@")" < /dev/null > >(sed -u "s/^/[${names[$i]}] /") 2>&1 &
+    ssh -tt "${names[$i]}" "$(command_of "$i" "${run[@]}")" < /dev/null > >(sed -u "s/^/[${names[$i]}] /") 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do
@@ -63,10 +64,5 @@ for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     wait "$pid" || status=$?
     statuses+=("$status")
   done
-  echo "attempt $attempt: statuses ${statuses[*]}" >&2
-  if all_done "${statuses[@]}"; then exit 0; fi
-  if is_final "${statuses[@]}"; then exit 2; fi
-  if ((attempt < max_restarts)); then sleep "$wait_s"; fi
-done
-echo "error: it failed $((max_restarts + 1)) times" >&2
-exit 75
+}
+restarting "$max_restarts" "$wait_s" attempt

@@ -38,15 +38,8 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 
-for ((attempt = 0; attempt <= max_restarts; attempt++)); do
+attempt() {
   "${on_all[@]}" --command="$remote" || true
   mapfile -t statuses < <("${on_all[@]}" --command="$(quoted cat "$dir/.train_status")" 2> /dev/null | grep -E '^[0-9]+$' || true)
-  echo "attempt $attempt: statuses ${statuses[*]-none}" >&2
-  if [ ${#statuses[@]} -gt 0 ]; then
-    if all_done "${statuses[@]}"; then exit 0; fi
-    if is_final "${statuses[@]}"; then exit 2; fi
-  fi
-  if ((attempt < max_restarts)); then sleep "$wait_s"; fi
-done
-echo "error: it failed $((max_restarts + 1)) times" >&2
-exit 75
+}
+restarting "$max_restarts" "$wait_s" attempt

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+
+from llm_jax.parallel import rules
 
 Array = jax.Array
 
@@ -21,10 +22,12 @@ def constrained(x: Array, names: Sequence[str | None]) -> Array:
     return nn.with_logical_constraint(x, tuple(names))
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that the rules in force give a logical axis."""
+    return rules.mesh_axes((nn.logical_to_mesh_axes((name,)) or (None,))[0])
+
+
 def devices_along(name: str) -> int:
     """Among how many devices the rules divide the logical axis `name`; 1 without rules or without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = dict(reversed(list(nn.get_logical_axis_rules()))).get(name)
-    if axes is None or mesh.empty:
-        return 1
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return 1 if mesh.empty else rules.devices_along(mesh, mesh_axes(name))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 
 from llm_jax.kernels.attention import DenseContext
+from llm_jax.models.activations import mesh_axes
 from llm_jax.models.config import Execution
-from llm_jax.models.rows import CutContext, mesh_axes, row_cut
+from llm_jax.models.rows import CutContext, row_cut
 
 Array = jax.Array
 

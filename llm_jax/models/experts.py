@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +22,13 @@ from llm_jax.kernels.capacity import (
 )
 from llm_jax.kernels.grouped import Weights, grouped_mlp
 from llm_jax.kernels.paged import PagedContext
+from llm_jax.models.activations import mesh_axes
 from llm_jax.models.config import Execution, ModelConfig
 from llm_jax.models.facts import Experts as Facts
 from llm_jax.models.layers import Mlp, activation, fan_in_normal, weight
 from llm_jax.models.routing import route, router_sums
-from llm_jax.models.rows import mesh_axes, row_cut
+from llm_jax.models.rows import row_cut
+from llm_jax.parallel.rules import devices_along
 from llm_jax.parallel.sequence import row_order
 
 Array = jax.Array
@@ -131,7 +132,7 @@ def _on_mesh(x_BTD: Array, chosen_BTA: Array, weight_BTA: Array, weights: Weight
     if not (rows or length or experts or inner):
         return _compute(x_BTD, chosen_BTA, weight_BTA, weights, act, capacity)
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(outer) <= {*rows, *length} or x_BTD.shape[-1] % math.prod(mesh.shape[axis] for axis in outer):
+    if not set(outer) <= {*rows, *length} or x_BTD.shape[-1] % devices_along(mesh, outer):
         outer = ()
     spread = set(experts) <= set(rows) and experts != ()
     cut = row_cut()
@@ -212,7 +213,7 @@ def _with_whole(compute: Callable[..., Array], outer: tuple[str, ...]) -> Callab
 def _dividing(x_BTD: Array) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The mesh axes among which the rules divide rows, and a row's tokens; none where they don't divide them evenly."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows, length = (() if size % math.prod(mesh.shape[axis] for axis in axes) else axes
+    rows, length = (() if size % devices_along(mesh, axes) else axes
                     for size, axes in zip(x_BTD.shape, (_axes("batch"), _axes("length")), strict=False))
     return rows, length
 

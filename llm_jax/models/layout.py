@@ -12,6 +12,8 @@ import functools
 
 from llm_jax.models.config import ModelConfig
 
+STACKS = ("first_layers", "layers", "last_layers")  # in which stacked weights lie, in the layers' order
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
@@ -26,7 +28,7 @@ class Group:
     """Neighbouring layers that are scanned together.
 
     Attributes:
-      name: of their parameters: "first_layers", "layers" or "last_layers".
+      name: of their parameters: one of `STACKS`.
       start: the first layer's number.
       pattern: the kinds of one period's layers.
       repeats: periods.
@@ -89,9 +91,8 @@ def _cut(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
     assert best is not None
     _, start, period, repeats = best
     end = start + period * repeats
-    cut = [Group("first_layers", 0, kinds[:start], 1), Group("layers", start, kinds[start:start + period], repeats),
-           Group("last_layers", end, kinds[end:], 1)]
-    return tuple(group for group in cut if group.pattern)
+    cut = ((0, kinds[:start], 1), (start, kinds[start:start + period], repeats), (end, kinds[end:], 1))
+    return tuple(Group(name, *rest) for name, rest in zip(STACKS, cut, strict=True) if rest[1])
 
 
 def places(config: ModelConfig) -> tuple[Place, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from llm_jax.models.rows import mesh_axes
+from llm_jax.models.activations import mesh_axes
+from llm_jax.parallel.rules import devices_along
 
 Array = jax.Array
 
@@ -72,15 +72,10 @@ def _lie(table_VD: Any, index_BT: Array, table_rows: str | None) -> _Lie | None:
     if not (vocab or width):
         return None
     sizes = zip((*table_VD.shape, *index_BT.shape), (vocab, width, rows, length), strict=True)
-    if any(size % _devices(axes) for size, axes in sizes) or not set(width) <= {*rows, *length} or set(vocab) & {
-            *rows, *length}:
+    tokens = {*rows, *length}
+    if any(size % devices_along(mesh, axes) for size, axes in sizes) or not set(width) <= tokens or set(vocab) & tokens:
         return None
     return _Lie(vocab, width, rows, length, table_VD.shape, table_VD.dtype)
-
-
-def _devices(axes: tuple[str, ...]) -> int:
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,9 +100,11 @@ def _forward(lie: _Lie, table_VD: Array, index_BT: Array) -> tuple[Array, Array]
 
 def _backward(lie: _Lie, index_BT: Array, dout_BTD: Array) -> tuple[Array, None]:
     summed = tuple(axis for axis in (*lie.rows, *lie.length) if axis not in lie.width)
+    mesh = jax.sharding.get_abstract_mesh()
 
     def local(index_BT: Array, dout_BTD: Array) -> Array:
-        dtable_VD = jnp.zeros((lie.shape[0] // _devices(lie.vocab), lie.shape[1] // _devices(lie.width)), jnp.float32)
+        V, D = (size // devices_along(mesh, axes) for size, axes in zip(lie.shape, (lie.vocab, lie.width), strict=True))
+        dtable_VD = jnp.zeros((V, D), jnp.float32)
         index_XBT, is_here_XBT = _everyones(lie, dtable_VD, index_BT)
         dout_XBTD = dout_BTD[None]
         if lie.width:

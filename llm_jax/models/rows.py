@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
 from llm_jax.kernels.attention import DenseContext
 from llm_jax.kernels.attention import attention as whole_attention
-from llm_jax.models.activations import constrained
+from llm_jax.models.activations import constrained, mesh_axes
 from llm_jax.parallel.sequence import RowCut, row_attention, row_order
 
 Array = jax.Array
@@ -37,12 +36,6 @@ class CutContext(DenseContext):
 
     cut: RowCut | None = dataclasses.field(default=None, metadata={"static": True})
     way: str = dataclasses.field(default="ring", metadata={"static": True})
-
-
-def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes that the rules in force give a logical axis."""
-    axes = (nn.logical_to_mesh_axes((name,)) or (None,))[0]
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def row_cut() -> RowCut | None:

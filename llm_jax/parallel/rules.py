@@ -44,7 +44,6 @@ ACTIVATIONS: Table = {
     "length": "sequence",
     "activation_embed": None,
     "activation_heads": "tensor",
-    "activation_kv_heads": "tensor",
     "activation_mlp": "tensor",
     "activation_vocab": "tensor",
     "activation_experts": "expert",

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from llm_jax.kernels.chunked_attention import ABSENT, SAVED, merge, partial_attention, partial_gradients
+from llm_jax.parallel.rules import devices_along
 
 Array = jax.Array
 
@@ -88,18 +88,13 @@ def row_attention(q_BTHK: Array, k_BTGK: Array, v_BTGV: Array, segment_ids_BT: A
     Returns:
       [B, T, H, V] in q's dtype.
     """
-    H, G = q_BTHK.shape[2], k_BTGK.shape[2]
-    if q_BTHK.shape[0] % _devices(cut.rows):
+    mesh, H, G = jax.sharding.get_abstract_mesh(), q_BTHK.shape[2], k_BTGK.shape[2]
+    if q_BTHK.shape[0] % devices_along(mesh, cut.rows):
         cut = dataclasses.replace(cut, rows=())
-    if G % _devices(cut.heads):  # fewer heads of keys than devices that share the heads
+    if G % devices_along(mesh, cut.heads):  # fewer heads of keys than devices that share the heads
         k_BTGK, v_BTGV = (jnp.repeat(x, H // G, axis=2) for x in (k_BTGK, v_BTGV))
     how = _How(cut, way, scale, causal, window, soft_cap, block)
     return _attend(how, q_BTHK, k_BTGK, v_BTGV, segment_ids_BT)
-
-
-def _devices(axes: tuple[str, ...]) -> int:
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -145,8 +145,7 @@ class Gates:
 
     def add(self, step: int, figures: Mapping[str, float]) -> Verdict:
         """Notes an evaluation and judges."""
-        self.rewind(step - 1)
-        self.evaluations.append({"step": step, **figures})
+        self.evaluations = [e for e in self.evaluations if e["step"] < step] + [{"step": step, **figures}]
         self.verdict = judge(self.evaluations, self.config)
         return self.verdict
 

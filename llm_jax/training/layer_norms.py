@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.models import ModelConfig
-from llm_jax.models.layout import places
+from llm_jax.models.layout import STACKS, places
 
 Array = jax.Array
-_STACKS = ("first_layers", "layers", "last_layers")
 
 
 def measure(grads: Any, updates: Any, params: Any, axes: Any) -> dict[str, dict[str, Array]]:
@@ -57,7 +56,7 @@ def _squares(tree: Any, axes: Any) -> dict[str, Array]:
 def _group(path: tuple[str, ...]) -> str:
     """"layers/slot_1/mlp" of ("layers", "slot_1", "experts", "up"); of what is no layer's the first name alone."""
     depth = 0
-    if path[0] in _STACKS or path[0].startswith("layers_"):
+    if path[0] in STACKS or path[0].startswith("layers_"):
         depth = 2 if len(path) > 1 and path[1].startswith("slot_") else 1
     if depth == 0:
         return path[0]
@@ -111,7 +110,7 @@ def _places(config: ModelConfig) -> tuple[Any, ...]:
 
 def _is_of_layers(group: str) -> bool:
     first = group.split("/")[0]
-    return first in _STACKS or first.startswith("layers_")
+    return first in STACKS or first.startswith("layers_")
 
 
 def _root(square: Any) -> float:

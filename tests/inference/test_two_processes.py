@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -15,19 +13,16 @@ from llm_jax.inference.generation import embed
 from llm_jax.inference.lockstep import params_from_json, params_to_json
 from llm_jax.inference.request import Constraint, SamplingParams
 from llm_jax.inference.service import Service
+from tests import peers
 from tests.inference.together import CANCELLED, LATE, ask, make_engine
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def start(folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "tests.inference.together", str(folder)]
-    return [subprocess.Popen(command, cwd=ROOT, env=os.environ | peers | {"JAX_PROCESS_ID": str(index)},
-                             stderr=subprocess.PIPE, text=True) for index in range(2)]
+    return [subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+            for environment in peers.environments(2)]
 
 
 def test_two_processes_serve_what_one_does(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -16,6 +14,7 @@ from llm_jax.errors import UserError
 from llm_jax.parallel import distributed
 from llm_jax.training import loop
 from llm_jax.training.optimizer import OptimizerConfig
+from tests import peers
 from tests.training.common import prepare_tiny, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,14 +40,10 @@ def test_half_an_address_is_refused(monkeypatch, rest):
 
 def test_two_processes_train_what_one_does(tmp_path):
     data_dir = prepare_tiny(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "tests.training.train_once", str(tmp_path / "two"), data_dir, "mesh={'data': 2}",
                f"optimizer={OPTIMIZER!r}", *(f"{name}={value}" for name, value in STEPS.items())]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | peers | {"JAX_PROCESS_ID": str(index)},
-                                  stderr=subprocess.PIPE, text=True) for index in range(2)]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+                 for environment in peers.environments(2)]
     one = loop.train(**settings(tmp_path / "one", data_dir, optimizer=OptimizerConfig(**OPTIMIZER), **STEPS))
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import socket
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from llm_jax.checkpoints import Checkpoints
 from llm_jax.parallel.mesh import MeshConfig
 from llm_jax.training import loop, trainer
 from llm_jax.training.optimizer import OptimizerConfig
+from tests import peers
 from tests.training.common import ROWS, prepare_tiny, settings
 from tests.training.launch import Launched
 from tests.training.test_loop import saved_arrays
@@ -49,13 +49,9 @@ def test_a_run_goes_on_elsewhere_with_the_same_state_and_the_next_rows(tmp_path,
     victim = next((run_dir / "checkpoints" / "5" / "state").rglob("d/*"))
     victim.write_bytes(victim.read_bytes()[:-1])
     capsys.readouterr()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
-    two = [Launched(tmp_path / f"log{index}", run_dir, data_dir, peers | {"JAX_PROCESS_ID": str(index)}, num_steps=7,
-                    mesh={"data": 2}, optimizer=OPTIMIZER, batches=str(tmp_path / f"of-{index}"), **OPTIONS)
-           for index in range(2)]
+    two = [Launched(tmp_path / f"log{index}", run_dir, data_dir, environment, num_steps=7, mesh={"data": 2},
+                    optimizer=OPTIMIZER, batches=str(tmp_path / f"of-{index}"), **OPTIONS)
+           for index, environment in enumerate(peers.environments(2))]
     assert [process.join() for process in two] == [0, 0], [process.said for process in two]
     assert "5 is damaged (state/" in two[0].said and "the run goes on from step 4" in two[0].said
     assert rows_of(tmp_path / "of-0", tmp_path / "of-1") == straight[4:]

@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -15,6 +14,7 @@ from llm_jax.checkpoints import Checkpoints
 from llm_jax.errors import UserError
 from llm_jax.training import watch
 from llm_jax.training.watch import Watch, WatchConfig
+from tests import peers
 from tests.training.common import prepare_tiny
 from tests.training.launch import Launched
 
@@ -27,12 +27,8 @@ def data_dir(tmp_path_factory) -> str:
 
 
 def start_two(run_dir, data_dir, **options) -> list[Launched]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
-    return [Launched(pathlib.Path(f"{run_dir}.log{index}"), run_dir, data_dir, peers | {"JAX_PROCESS_ID": str(index)},
-                     mesh={"data": 2}, optimizer=OPTIMIZER, **options) for index in range(2)]
+    return [Launched(pathlib.Path(f"{run_dir}.log{index}"), run_dir, data_dir, environment, mesh={"data": 2},
+                     optimizer=OPTIMIZER, **options) for index, environment in enumerate(peers.environments(2))]
 
 
 def wait_for_step(run: Launched) -> None:

@@ -9,7 +9,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from llm_jax.models import Decoder, ModelConfig, init_params
 from serving import server
 from serving.client import Client, RequestFailed
 from serving.reporting import reporting
+from tests import peers
 from tests.serving.doubles import FakeService, wait_until
 
 ROOT = pathlib.Path(serving.__file__).parent.parent
@@ -110,13 +110,9 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
 
 
 def test_two_processes_serve_one_model(run_dir):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peers = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
     lead, other = [subprocess.Popen(
         _command(run_dir, "--max_context=64", "--num_pages=32", *SMALL), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | peers | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+        stderr=subprocess.PIPE, env=environment) for environment in peers.environments(2)]
     try:
         while not (line := lead.stdout.readline()).startswith("ready: "):
             assert line, lead.stderr.read()
