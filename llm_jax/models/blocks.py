@@ -10,6 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.errors import UserError
+from llm_jax.kernels.attention_call import platform
 from llm_jax.models.activations import constrained, devices_along
 from llm_jax.models.attention import Attention
 from llm_jax.models.config import Execution, ModelConfig
@@ -37,6 +38,7 @@ _REMAT_TICK = {
     "dots": _policies.save_from_both_policies(_policies.save_only_these_names("block"), _REMAT["dots"]),
     "save_attention": _policies.save_only_these_names("block", "attention"),
 }
+_MOST_WRITTEN_OUT = 8
 RESIDUAL = ("batch", "length", "activation_embed")
 
 
@@ -107,13 +109,25 @@ def rematerialised(block: type[nn.Module], execution: Execution) -> type[nn.Modu
     return nn.remat(block, policy=_REMAT[execution.remat], prevent_cse=not execution.scan_layers)
 
 
+def written_out(execution: Execution, repeats: int) -> int:
+    """How many of a scan's `repeats` periods its program spells out, one after the other.
+
+    One, so that a program does not grow with its layers. But where a lone CPU trains a small model, all: a scan
+    fills, writes and slices stacks of activations, a tenth of a step (docs/performance.md). Not with remat, whose
+    recomputation XLA would find out to be the same as what it has outside of a loop.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    is_alone = platform() == "cpu" and (mesh.empty or mesh.size == 1)
+    return repeats if is_alone and execution.remat == "none" and repeats <= _MOST_WRITTEN_OUT else 1
+
+
 def scanned(block: type[nn.Module], config: ModelConfig, execution: Execution, pattern: tuple[LayerKind, ...],
-            repeats: int, num_shared: int, **fields: Any) -> nn.Module:
+            repeats: int, num_shared: int, unroll: int = 1, **fields: Any) -> nn.Module:
     """`repeats` periods of `pattern` as one scan over stacked weights; each call takes `num_shared` arguments more,
-    the same for all. `fields` are the module's own (its parent)."""
+    the same for all. `unroll` is `jax.lax.scan`'s, `fields` are the module's own (its parent)."""
     lifted: dict[str, Any] = {
         "variable_axes": {"params": 0, "router": 0}, "split_rngs": {"params": True, "dropout": True},
-        "length": repeats, "in_axes": (nn.broadcast,) * (1 + num_shared),
+        "length": repeats, "unroll": unroll, "in_axes": (nn.broadcast,) * (1 + num_shared),
         # Layers that don't repeat can't be divided among devices.
         "metadata_params": {nn.PARTITION_NAME: "layers" if repeats > 1 else None}}
     if len(pattern) == 1:
@@ -127,7 +141,9 @@ def add_layers(module: nn.Module, block: type[nn.Module], config: ModelConfig, e
     block = rematerialised(block, execution)
     if execution.scan_layers:
         for group in groups(config):
-            setattr(module, group.name, scanned(block, config, execution, group.pattern, group.repeats, num_shared))
+            unroll = 1 if module.is_initializing() else written_out(execution, group.repeats)
+            setattr(module, group.name, scanned(block, config, execution, group.pattern, group.repeats, num_shared,
+                                                unroll))
     else:
         module.layers = [block(config, execution, kind) for kind in layer_kinds(config)]
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels.attention_call import platform
 from llm_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -41,9 +42,36 @@ def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
     """
     if not hasattr(w, "astype"):
         return w.linear(x, contract, out_dtype)
-    axes = tuple(range(contract))
-    dims = ((tuple(a + x.ndim - contract for a in axes), axes), ((), ()))
-    return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=out_dtype or x.dtype)
+    product = _with_own_gradients if platform() == "cpu" else _product
+    return product(contract, jnp.dtype(out_dtype or x.dtype), x, w.astype(x.dtype))
+
+
+def _product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
+    return _summed(x, w, tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)), out_dtype)
+
+
+def _summed(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dtype: Any) -> Array:
+    return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())), preferred_element_type=dtype)
+
+
+# Autodiff makes the weight's gradient as (gᵀ · x)ᵀ. XLA for CPUs turns a large activation around for that; xᵀ · g it
+# multiplies as it lies: 10 % of a step (docs/performance.md).
+_with_own_gradients = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+
+
+def _forward(contract: int, out_dtype: Any, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(contract, out_dtype, x, w), (x, w)
+
+
+def _backward(contract: int, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    kept = x.ndim - contract
+    dx = _summed(g, w, range(kept, g.ndim), range(contract, w.ndim), out_dtype)
+    dw = _summed(x, g, range(kept), range(kept), out_dtype)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_with_own_gradients.defvjp(_forward, _backward)
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Initializer:
