@@ -67,7 +67,7 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def gin_main(root: str, default_files: Sequence[str] = (), argv: Sequence[str] | None = None, *, description: str = "",
-             examples: Sequence[str] = (), flags: bool = False) -> int:
+             examples: Sequence[str] = (), flags: bool = False, command: str = "") -> int:
     """Reads flags and Gin files, checks them, and calls the root function with what they bind.
 
     If the root has a parameter `config_text`, it receives the whole configuration as the text of one Gin file, which
@@ -80,6 +80,7 @@ def gin_main(root: str, default_files: Sequence[str] = (), argv: Sequence[str] |
       description: what the script does, for `--help`; the first paragraph is shown.
       examples: command lines for `--help`.
       flags: whether the root's parameters are flags as well.
+      command: the script's word for the root, where it has several; for `--help`.
 
     Returns:
       The root's result if it is an int, otherwise 0.
@@ -94,7 +95,7 @@ def gin_main(root: str, default_files: Sequence[str] = (), argv: Sequence[str] |
     parsed = parse(arguments, own, shorthand=bool(default_files))
     files = parsed.files or list(default_files)
     if parsed.help:
-        _print_help(root, files, description, examples, own)
+        _print_help(root, files, description, examples, own, command)
         return 0
     from experiments import gin_checks, gin_reader
     settings = [setting for file in files for setting in gin_reader.read_file(file)]
@@ -214,11 +215,12 @@ def _own_settings(given: Sequence[tuple[str, str | None]], own: dict[str, inspec
 
 
 def _print_help(root: str, files: Sequence[str], description: str, examples: Sequence[str],
-                own: dict[str, inspect.Parameter]) -> None:
+                own: dict[str, inspect.Parameter], command: str = "") -> None:
     """Help from the text of the Gin files and of the root's docstring; imports nothing that takes long."""
     from experiments import gin_reader
     script = pathlib.Path(sys.argv[0]).stem
     program = f"python -m experiments.{script}" if script.isidentifier() and script != "__main__" else "python -m …"
+    program += f" {command}" if command else ""
     mine = " ".join(f"--{n}={n.upper()}" for n, p in own.items() if p.default is inspect.Parameter.empty)
     print(f"usage: {program} {mine + ' ' if mine else ''}[--gin_file PATH]... [--gin.NAME=VALUE]... [--print_config]\n")
     if description:
