@@ -1,4 +1,4 @@
-"""Serves the model of a run directory over gRPC, until SIGTERM or Ctrl-C."""
+"""Serves the model of a run directory or a Hugging Face folder over gRPC and HTTP, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if not __package__:
 from experiments import cli  # noqa: E402
 
 EXAMPLES = (
-    "python -m experiments.serve --run_dir=runs/quickstart --port=9000",
+    "python -m experiments.serve --run_dir=runs/quickstart --port=9000 --http_port=8000",
+    "python -m experiments.serve --hf_dir=Qwen3-0.6B --http_port=8000 --keys_file=keys.json --host=0.0.0.0",
     "python -m experiments.serve --run_dir=runs/big --draft_run_dir=runs/small --cache_dtype=int8",
     'python -m serving.client --address=127.0.0.1:9000 --prompt="def main("',
 )

@@ -1,1 +1,1 @@
-"""The door to a served model: a gRPC server over `llm_jax.inference`, and a client for it (which needs no JAX)."""
+"""The doors to a served model: gRPC and HTTP over `llm_jax.inference`, and a client, which needs no JAX."""

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import signal
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llm_jax.errors import UserError
-from serving.loading import signals_end_the_process
-from serving.reporting import reporting
+from serving.loading import SIGNALS, signals_end_the_process
+from serving.options import ServerOptions
 
-MAX_PROPOSED = 4  # where there is a draft model, and nobody says
+if TYPE_CHECKING:
+    from serving.engine.child import EngineProcess
+
+_PEERS = ("JAX_COORDINATOR_ADDRESS", "LLM_JAX_DISTRIBUTED")  # by which a process knows that it is one of several
 
 
 def launch(
-    run_dir: str,
+    run_dir: str | None = None,
+    hf_dir: str | None = None,
     port: int = 9000,
+    http_port: int | None = None,
     host: str = "127.0.0.1",
+    served_model_name: str | None = None,
+    keys_file: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    tls_client_ca: str | None = None,
+    state_dir: str | None = None,
+    audit_file: str | None = None,
+    filters: tuple[str, ...] = (),
+    interactions_file: str | None = None,
+    response_cache_entries: int = ServerOptions.response_cache_entries,
+    response_cache_seconds: float = ServerOptions.response_cache_seconds,
+    tool_format: str | None = None,
+    traces: bool = False,
+    log_format: str = "text",
     grace_seconds: float = 30.0,
     max_rows: int | None = None,
     prefill_rows: int | None = None,
@@ -41,15 +63,33 @@ def launch(
     decode_top_p: float | None = None,
     step: str | None = None,
 ) -> int:
-    """Serves the model of a run directory over gRPC until SIGTERM or Ctrl-C; the engine's own defaults stand for None.
+    """Serves a model over gRPC and HTTP until SIGTERM or Ctrl-C; the engine's own defaults stand for None.
+
+    The engine runs in a process of its own, which ends with this one; if it is lost, this one ends too.
 
     Where the environment says that this is one of several processes (`parallel.distributed`), they serve the model
     together: process 0 listens, the others take part in its steps until it ends.
 
     Args:
       run_dir: run directory of the model; it may be read-only
-      port: port to listen on; 0 takes a free one
-      host: address to listen on; 0.0.0.0 or :: opens it to the network, and nobody is asked who they are
+      hf_dir: instead of it, a Hugging Face folder; it is imported into the user's cache directory, once
+      port: port to listen on for gRPC; 0 takes a free one
+      http_port: port for HTTP and WebSocket; 0 takes a free one; by default there is none
+      host: address to listen on; 0.0.0.0 or :: opens it to the network, which needs keys_file
+      served_model_name: what clients call the model; by default the folder's name
+      keys_file: API keys (experiments/keys.py); without it nobody is asked who they are
+      tls_cert: PEM file of the server's certificate and its chain; with it every port speaks TLS alone
+      tls_key: PEM file of its private key
+      tls_client_ca: PEM file of the authorities of clients' certificates; with it a client must show one
+      state_dir: folder for what survives a restart: files, batches, quotas, the audit log
+      audit_file: receives a JSON line for each request, without its content; - is standard error
+      filters: content filter, as module:attribute; may be repeated
+      interactions_file: receives requests and answers, with personal data masked; by default nothing is kept
+      response_cache_entries: answers of deterministic requests that are kept, at most; 0 is none
+      response_cache_seconds: how long each is kept
+      tool_format: how the model writes calls of tools; by default as its chat template says
+      traces: send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says
+      log_format: of the log lines, text or json
       grace_seconds: how long running requests may go on after SIGTERM
       max_rows: requests in one device step, at most
       prefill_rows: requests whose prompts advance in one step, at most
@@ -80,58 +120,87 @@ def launch(
       step: checkpoint to serve: a step, best (of the evaluations) or good (passed the gate); by default the latest
 
     Returns:
-      0, after a shutdown that was asked for; 1 in a process that followed another and lost it.
+      0, after a shutdown that was asked for; 1 if the engine was lost, and in a process that followed another and lost
+      it.
 
     Raises:
-      UserError: the port is in use, the run directory holds no model, or the model does not fit.
+      UserError: a port is in use, a file is wrong, the run directory holds no model, or the model does not fit.
     """
+    folder = run_dir if hf_dir is None else hf_dir
+    if folder is None or None not in (run_dir, hf_dir):
+        raise UserError("give the model to serve: either run_dir or hf_dir")
     for name, value in (("grace_seconds", grace_seconds), ("stats_seconds", stats_seconds)):
         if not value >= 0:
             raise UserError(f"{name}={value} must be 0 or more")
     for name, limit in (("max_wait_seconds", max_wait_seconds), ("ageing_seconds", ageing_seconds)):
         if limit is not None and not limit > 0:
             raise UserError(f"{name}={limit} must be more than 0")
-    with signals_end_the_process():  # until the server handles them
-        import jax  # here, as all of these, so that --help needs neither gRPC nor JAX
+    if http_port == port != 0:
+        raise UserError(f"port and http_port are both {port}; gRPC and HTTP need one each")
+    options = ServerOptions(
+        model_name=served_model_name or pathlib.PurePath(os.path.abspath(folder)).name or "model", http_port=http_port,
+        keys_file=keys_file, audit_file=audit_file, tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca,
+        state_dir=state_dir, response_cache_entries=response_cache_entries,
+        response_cache_seconds=response_cache_seconds,
+        filters=filters, interactions_file=interactions_file, traces=traces, log_format=log_format,
+        tool_format=tool_format)
+    layout = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context, "num_pages": num_pages,
+              "page_size": page_size, "chunk": chunk, "dtype": dtype, "cache_dtype": cache_dtype, "tensor": tensor,
+              "prefix_cache": prefix_cache, "shared_prefixes": shared_prefixes, "swap_pages": swap_pages,
+              "deterministic": deterministic, "max_proposed": max_proposed}
+    more = {"max_queue": max_queue, "max_wait_s": max_wait_seconds, "ageing_s": ageing_seconds,
+            "draft_run_dir": draft_run_dir, "step": step}
+    engine: EngineProcess | None = None
 
-        from llm_jax.inference.engine_config import EngineConfig
-        from llm_jax.inference.generation_config import SamplingDefaults
-        from llm_jax.inference.joint import JointService
-        from llm_jax.inference.service import Service
-        from llm_jax.parallel import distributed
-        from serving.following import follow
+    def end_engine() -> None:
+        if engine is not None:
+            engine.kill()
+
+    with signals_end_the_process(first=end_engine):  # until the server handles them
+        # All that can be wrong is said before the minutes that loading may take, what is quickly found out first.
+        from serving.ports import check_port, check_reach
+
+        check_reach(host, keys_file is None)
+        if not any(os.environ.get(name, "") not in ("", "0") for name in _PEERS):  # else this may not be who listens
+            check_port(host, port)
+            if http_port is not None:
+                check_port(host, http_port, "http_port")
+
+        from llm_jax.inference.generation_config import SamplingDefaults  # here, as all of these, for a quick --help
+        from serving import logs
+        from serving.engine.child import EngineProcess
+        from serving.engine.process import Spec
         from serving.orchestrator import DecodeSampling
-        from serving.server import check_port, serve
+        from serving.parts import Parts
+        from serving.server import serve
 
-        is_joint = distributed.initialize()
-        if distributed.is_lead():
-            check_port(host, port)  # before the minutes that loading may take
-        if is_joint:
-            tensor = tensor or len(jax.devices())
-
+        logs.set_up(log_format)
         decode_sampling = DecodeSampling(decode_temperature, decode_top_k, decode_top_p)
         # Raises if out of range.
         SamplingDefaults().params(temperature=decode_temperature, top_k=decode_top_k, top_p=decode_top_p)
-        layout: dict[str, Any] = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context,
-                                  "num_pages": num_pages, "page_size": page_size, "chunk": chunk, "dtype": dtype,
-                                  "cache_dtype": cache_dtype, "tensor": tensor, "prefix_cache": prefix_cache,
-                                  "shared_prefixes": shared_prefixes, "swap_pages": swap_pages,
-                                  "deterministic": deterministic, "max_proposed": max_proposed}
-        if draft_run_dir is not None and max_proposed is None:
-            layout["max_proposed"] = MAX_PROPOSED
-        options = EngineConfig(**{name: value for name, value in layout.items() if value is not None})
-        more: dict[str, Any] = {"max_queue": max_queue, "max_wait_s": max_wait_seconds, "ageing_s": ageing_seconds,
-                                "draft_run_dir": draft_run_dir, "step": step}
+        parts = Parts(options)
+        try:
+            began = time.perf_counter()
+            engine = EngineProcess(Spec("serving.engine.making:make", {
+                "run_dir": run_dir, "hf_dir": hf_dir, "layout": layout, "options": more}, stats_seconds, log_format))
+            if http_port is not None:
+                import serving.http.app  # noqa: F401 - takes a second, while the engine loads
+            facts = engine.ready()
+            if facts is None:
+                return _follow(engine)
+            return serve(engine.front(facts), host=host, port=port, grace_seconds=grace_seconds,
+                         decode_sampling=decode_sampling, parts=parts, on_event=_say,
+                         note=f"after {time.perf_counter() - began:.1f} s of loading and compiling")
+        finally:
+            parts.close()
 
-        def say(line: str) -> None:
-            print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe
 
-        began = time.perf_counter()
-        kind = JointService if is_joint else Service
-        service = kind.from_run(run_dir, options, on_event=say,
-                                **{name: value for name, value in more.items() if value is not None})
-        if isinstance(service, JointService) and not distributed.is_lead():
-            return follow(service, say)
-        with reporting(service, stats_seconds, say):
-            return serve(service, host=host, port=port, grace_seconds=grace_seconds, decode_sampling=decode_sampling,
-                         on_event=say, note=f"after {time.perf_counter() - began:.1f} s of loading and compiling")
+def _follow(engine: EngineProcess) -> int:
+    """Waits for an engine that takes part in another process's steps; signals are that process's business."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return engine.wait()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # a launcher waits for `ready:` at the other end of a pipe

@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def signals_end_the_process(status: int = 0) -> Iterator[None]:
+def signals_end_the_process(status: int = 0, first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """While inside, SIGTERM and SIGINT end the process at once, without a word.
 
     Python runs its own handlers between two bytecodes of the main thread, so one would wait until XLA has compiled; and
@@ -22,6 +22,7 @@ def signals_end_the_process(status: int = 0) -> Iterator[None]:
 
     Args:
       status: the process's exit status. Nothing was being served, so nothing is left undone: 0.
+      first: called before that, on another thread.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -29,7 +30,10 @@ def signals_end_the_process(status: int = 0) -> Iterator[None]:
     def wait() -> None:
         while number := os.read(reader, 1):
             if number[0] in SIGNALS:
-                os._exit(status)
+                try:
+                    first()
+                finally:
+                    os._exit(status)
         os.close(reader)
 
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}

@@ -13,6 +13,7 @@ from benchmarks.serve_trace.static import StaticScheduler
 from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.scheduler import Scheduler
 from llm_jax.inference.service import Service
+from serving.options import ServerOptions
 from serving.server import serve
 
 MAX_QUEUE = 100_000
@@ -34,7 +35,7 @@ def main() -> int:
 
     service = Service.from_run(arguments.run_dir, EngineConfig(**json.loads(arguments.options)), max_queue=MAX_QUEUE,
                                scheduler=SCHEDULERS[arguments.batching], on_event=say)
-    return serve(service, port=0, grace_seconds=0, on_event=say)
+    return serve(service, port=0, grace_seconds=0, options=ServerOptions(response_cache_entries=0), on_event=say)
 
 
 if __name__ == "__main__":

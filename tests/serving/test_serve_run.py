@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -14,21 +15,25 @@ import sys
 import time
 import types
 
+import httpx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import serving
 from experiments import serve
-from llm_jax import runs
+from llm_jax import hf, runs
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.data.tokenizer_training import train_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.service import Service
 from llm_jax.models import Decoder, ModelConfig, init_params
-from serving import server
+from serving import parts
 from serving.client import Client, RequestFailed
+from serving.engine import child, making
+from serving.options import ServerOptions
 from serving.reporting import reporting
 from tests import peers
 from tests.serving.doubles import FakeService, wait_until
@@ -69,7 +74,8 @@ def _listing(folder):
 def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = _listing(run_dir)
-    process = subprocess.Popen(_command(run_dir, "--max_queue=2", "--max_context=4000", "--stats_seconds=0.1", *SMALL),
+    process = subprocess.Popen(_command(run_dir, "--http_port=0", "--max_queue=2", "--max_context=4000",
+                                        "--stats_seconds=0.1", *SMALL),
                                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         lines = []
@@ -85,6 +91,15 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
             assert client.model().max_context == 4000
             answer = list(client.generate("def main(", max_tokens=8))
             assert json.loads(done.stdout)["token_ids"] == [i for chunk in answer for i in chunk.token_ids]
+            with httpx.Client(base_url=lines[-1].split()[2]) as web:
+                model, = web.get("/v1/models").json()["data"]
+                assert (model["id"], model["created"]) == ("tiny", int((run_dir / "model.json").stat().st_mtime))
+                found = web.post("/v1/completions", timeout=60, json={"model": "tiny", "prompt": "def main(",
+                                                                      "max_tokens": 8, "temperature": 0}).json()
+                assert found["choices"][0]["text"] == "".join(chunk.text for chunk in answer)
+                metrics = web.get("/metrics").text
+                assert re.search(r"^llm_jax_engine_steps_total [1-9]", metrics, re.M)
+                assert "llm_jax_engine_process_resident_memory_bytes" in metrics
             long = client.generate("def", max_tokens=3900, ignore_eos=True)
             next(long)
             process.send_signal(signal.SIGTERM)
@@ -149,26 +164,25 @@ def test_a_signal_while_it_compiles_ends_it_at_once(run_dir, tmp_path, monkeypat
     assert process.returncode == 0 and "ready" not in out and "Traceback" not in err
 
 
-@pytest.mark.parametrize(("damage", "flags", "said"), [
-    (lambda run: shutil.rmtree(run), (), "is not a run directory"),
-    (lambda run: (run / "tokenizer.model").unlink(), (), "no tokenizer"),
-    (lambda run: (run / "tokenizer.model").write_bytes(b"\x00\x01garbage"), (), "not a SentencePiece model"),
-    (lambda run: shutil.rmtree(run / runs.CHECKPOINTS), (), "no checkpoints"),
-    (lambda run: (run / "model.json").write_text("{"), (), "model.json"),
-    (lambda run: None, ("--num_pages=1",), "num_pages=1"),
-    (lambda run: None, ("--decode_top_p=0",), "top_p must be"),
-    (lambda run: None, ("--grace_seconds=-1",), "grace_seconds=-1"),
-    (lambda run: None, ("--tensor=64",), "tensor=64"),
-    (lambda run: None, ("--dtype=bf16",), "dtype must be one of float32, bfloat16, not 'bf16'"),
-])
-def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, said):
+def _damaged(run_dir, tmp_path, damage):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy, copy_function=shutil.copyfile)
     for folder in (copy, *(item for item in copy.rglob("*") if item.is_dir())):
         folder.chmod(0o755)
     damage(copy)
-    done = subprocess.run(_command(copy, *SMALL, *flags), cwd=ROOT, text=True, capture_output=True, timeout=120,
-                          check=False)
+    return copy
+
+
+@pytest.mark.parametrize(("damage", "flags", "said"), [
+    (lambda run: (run / "tokenizer.model").write_bytes(b"\x00\x01garbage"), (), "not a SentencePiece model"),
+    (lambda run: None, ("--num_pages=1",), "num_pages=1"),
+    (lambda run: None, ("--decode_top_p=0",), "top_p must be"),
+    (lambda run: None, ("--grace_seconds=-1",), "grace_seconds=-1"),
+])
+def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, said):
+    """In whichever process it is found."""
+    done = subprocess.run(_command(_damaged(run_dir, tmp_path, damage), *SMALL, *flags), cwd=ROOT, text=True,
+                          capture_output=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     *warnings, line = done.stderr.splitlines()  # reading a checkpoint may warn
     assert line.startswith("error: ") and said in line
@@ -176,27 +190,108 @@ def test_what_cannot_be_served_is_one_message(run_dir, tmp_path, damage, flags, 
     assert "ready" not in done.stdout
 
 
-def test_every_flag_reaches_the_engine(monkeypatch):
-    """Their names are those of the settings; what is not given is left to the engine."""
-    calls = []
+@pytest.mark.parametrize(("damage", "layout", "said"), [
+    (lambda run: shutil.rmtree(run), {}, "is not a run directory"),
+    (lambda run: (run / "tokenizer.model").unlink(), {}, "no tokenizer"),
+    (lambda run: shutil.rmtree(run / runs.CHECKPOINTS), {}, "no checkpoints"),
+    (lambda run: (run / "model.json").write_text("{"), {}, "model.json"),
+    (lambda run: None, {"tensor": 64}, "tensor=64"),
+])
+def test_an_engine_that_can_not_be_made_says_why(run_dir, tmp_path, damage, layout, said):
+    with pytest.raises(UserError, match=said):
+        making.make(str(_damaged(run_dir, tmp_path, damage)), None, layout, {}, print)
+
+
+def test_a_hugging_face_folder_is_imported_once_and_served(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "小模型"
+    with runs.load(run_dir) as run:
+        hf.save(folder, run.params, run.config, run.tokenizer)
+        expected = run.params
+    made, said = [], []
+    monkeypatch.setattr(Service, "from_run", lambda run_dir, *args, **more: made.append(run_dir) or FakeService())
+    for _ in range(2):
+        making.make(None, str(folder), {}, {}, said.append).service.close()
+    imported, again = made
+    assert imported == again and len(said) == 1 and said[0].startswith(f"imported {folder} into {tmp_path / 'cache'}")
+    with runs.load(imported) as run:
+        jax.tree.map(np.testing.assert_array_equal, run.params, expected)
+        assert run.tokenizer.encode("你好") == runs.load(run_dir).tokenizer.encode("你好")
+    os.utime(folder / "config.json", (1, 1))  # another model, as far as anybody can tell
+    making.make(None, str(folder), {}, {}, said.append).service.close()
+    assert made[-1] != imported and len(said) == 2
+    with pytest.raises(UserError, match="nowhere"):
+        making.make(None, str(tmp_path / "nowhere"), {}, {}, said.append)
+
+
+class Asked(Exception):
+    """Says that what came next would have been done."""
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What `Service.from_run` is called with for a command line, whichever process calls it."""
+    specs, calls = [], []
+
+    def start(spec):
+        specs.append(spec)
+        raise Asked
+
+    monkeypatch.setattr(child, "EngineProcess", start)
     monkeypatch.setattr(Service, "from_run", lambda *args, **more: calls.append((args, more)) or FakeService())
-    monkeypatch.setattr(server, "serve", lambda service, **more: service.close() or 0)
-    assert serve.main(["--run_dir=here", "--port=0"]) == 0
+
+    def run(*flags):
+        with pytest.raises(Asked):
+            serve.main(["--port=0", *flags])
+        spec = specs.pop()
+        assert spec.make == "serving.engine.making:make"
+        making.make(**spec.arguments, say=print).service.close()
+        (args, more) = calls.pop()
+        assert more.pop("on_event") is print
+        return spec, args, more
+
+    return run
+
+
+def test_every_flag_reaches_the_engine(made):
+    """Their names are those of the settings; what is not given is left to the engine."""
     settings = {"max_rows": 3, "prefill_rows": 2, "chunk": 5, "page_size": 4, "num_pages": 9, "max_context": 20,
                 "dtype": "bfloat16", "cache_dtype": "int8", "tensor": 2, "prefix_cache": False, "shared_prefixes": True,
                 "swap_pages": 6, "max_proposed": 2, "deterministic": False}
     assert set(settings) == {field.name for field in dataclasses.fields(EngineConfig)}
-    assert serve.main(["--run_dir=here", "--port=0", "--max_queue=7", "--max_wait_seconds=1.5", "--ageing_seconds=2",
-                       "--draft_run_dir=there", *(f"--{name}={value}" for name, value in settings.items())]) == 0
-    assert serve.main(["--run_dir=here", "--port=0", "--draft_run_dir=there", "--max_rows=1"]) == 0
-    assert serve.main(["--run_dir=here", "--port=0", "--deterministic"]) == 0
-    say = calls[0][1].pop("on_event")
-    assert callable(say) and calls[0] == (("here", EngineConfig()), {})
-    assert calls[1][0] == ("here", EngineConfig(**settings))
-    assert calls[1][1] | {"on_event": None} == {"max_queue": 7, "max_wait_s": 1.5, "ageing_s": 2, "on_event": None,
-                                                "draft_run_dir": "there"}
-    assert calls[2][0][1] == EngineConfig(max_rows=1, max_proposed=4)
-    assert calls[3][0][1] == EngineConfig(deterministic=True)
+    spec, *asked = made("--run_dir=here")
+    assert asked == [("here", EngineConfig()), {}] and (spec.stats_seconds, spec.log_format) == (10.0, "text")
+    spec, *asked = made("--run_dir=here", "--max_queue=7", "--max_wait_seconds=1.5", "--ageing_seconds=2",
+                        "--draft_run_dir=there", "--stats_seconds=3", "--log_format=json",
+                        *(f"--{name}={value}" for name, value in settings.items()))
+    assert asked == [("here", EngineConfig(**settings)), {"max_queue": 7, "max_wait_s": 1.5, "ageing_s": 2,
+                                                          "draft_run_dir": "there"}]
+    assert (spec.stats_seconds, spec.log_format) == (3, "json")
+    assert made("--run_dir=here", "--draft_run_dir=there", "--max_rows=1")[1][1] == EngineConfig(max_rows=1,
+                                                                                                max_proposed=4)
+    assert made("--run_dir=here", "--deterministic")[1][1] == EngineConfig(deterministic=True)
+
+
+def test_every_flag_reaches_the_doors(monkeypatch, tmp_path):
+    """Options have their flags' names, but for the model's."""
+    given = {"http_port": 0, "keys_file": "keys.json", "audit_file": "audit", "tls_cert": "cert", "tls_key": "key",
+             "tls_client_ca": "ca", "state_dir": "state", "response_cache_entries": 3, "response_cache_seconds": 4.5,
+             "filters": ("a:b", "c:d"), "interactions_file": "said", "traces": True, "log_format": "json",
+             "tool_format": "hermes"}
+    assert {"model_name", *given} == {field.name for field in dataclasses.fields(ServerOptions)}
+    flags = [f"--{name}={value}" for name, value in given.items() if name != "filters"]
+
+    found = []
+
+    def make(options):
+        found.append(options)
+        raise Asked
+
+    monkeypatch.setattr(parts, "Parts", make)
+    for more, name in (([], "tiny"), (["--served_model_name=小模型"], "小模型")):
+        with pytest.raises(Asked):
+            serve.main(["--run_dir=runs/tiny/", "--port=0", "--filters=a:b", "--filters=c:d", *flags, *more])
+        assert found.pop() == ServerOptions(model_name=name, **given)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -205,9 +300,9 @@ def test_every_flag_reaches_the_engine(monkeypatch):
     (["--dtype=float64"], "dtype must be one of float32, bfloat16, not 'float64'"),
     (["--deterministic", "--max_proposed=2"], "max_proposed=0"), (["--prefix_cache=2"], "prefix_cache"),
 ])
-def test_flags_out_of_range_are_named(flags, said):
+def test_flags_out_of_range_are_named(made, flags, said):
     with pytest.raises(UserError, match=said):
-        serve.main(["--run_dir=/nowhere", "--port=0", *flags])
+        made("--run_dir=/nowhere", *flags)
 
 
 class Counting:
