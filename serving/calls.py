@@ -1,120 +1,71 @@
-"""What every way of asking for text has in common: submit the samples, stream their news, let go of what is left."""
+"""What every door has in common: admit a request, submit its samples, stream their news, let go of what is left."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
-import math
-import sys
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import grpc
-
-from llm_jax.inference.request import (
-    DeadlineExceeded,
-    Delta,
-    InvalidRequest,
-    QueueFull,
-    SamplingParams,
-    Unavailable,
-)
-from serving import messages
+from llm_jax.inference.request import Delta, SamplingParams, Unavailable, Usage
+from serving.access.guard import Guard
+from serving.access.identity import Caller, Identity
+from serving.admission import Admission, admitted
+from serving.answering import Answer, Question, Write, raise_if_failed
+from serving.asking import Asking
+from serving.cache import ResponseCache
+from serving.engine.front import front_of
+from serving.filters import Filters
+from serving.interactions import Interactions
 from serving.mailbox import Closed, Gathered, Mailbox
-
-MAX_SAMPLES = 64  # samples of one call, or texts to embed
-MAX_TENANT_CHARACTERS = 256
-LONG_TEXT = 4096  # characters (about 3 ms) from which tokenizing leaves the event loop to other calls
-MANY_TOKENS = 50_000  # of all samples' prompts, likewise (about 3 ms to take in)
-MAX_PREPARING = 3  # requests taken in by other threads at once: a new grammar may take one two seconds
-MAX_MESSAGE_BYTES = 64 << 20  # gRPC itself answers RESOURCE_EXHAUSTED to more, and can't be told what else to say
-SMALL_MESSAGE_BYTES = 4 << 20  # a few ms to parse: no request of that size is refused for its size alone
-TOKEN_ID_BYTES = 6  # of a token id in a message, tag included, at most
-MAX_DETAILS_BYTES = 1500  # of a status message: clients drop a call whose trailers exceed 8 KiB
+from serving.metrics import Metrics
+from serving.tracing import Traces
 
 
-class Rejected(Exception):
-    """A call that ends with a status other than OK."""
+class Calls(Asking):
+    """The running calls over one engine, whichever door they came through; lives in one event loop.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-def invalid(message: str) -> Rejected:
-    """INVALID_ARGUMENT: the same call would fail again."""
-    return Rejected(grpc.StatusCode.INVALID_ARGUMENT, message)
-
-
-def method(handler: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
-    """Makes a servicer method answer `Rejected` and the engine's errors as gRPC statuses.
-
-    Anything unforeseen is INTERNAL for this one call, with its traceback on the server's stderr.
-    """
-
-    @functools.wraps(handler)
-    async def answered(self, request, context):
-        try:
-            if isinstance(request, Rejected):
-                raise request
-            return await handler(self, request, context)
-        except Rejected as error:
-            rejected = error
-        except InvalidRequest as error:
-            rejected = invalid(str(error))
-        except QueueFull as error:
-            rejected = Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except DeadlineExceeded as error:
-            rejected = Rejected(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
-        except Unavailable as error:
-            rejected = Rejected(grpc.StatusCode.UNAVAILABLE, str(error))
-        except grpc.aio.BaseError:  # the call is over already (a write after the client left)
-            raise
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            rejected = Rejected(grpc.StatusCode.INTERNAL, f"the server failed on this request: {error!r:.200}")
-        await context.abort(rejected.code, _shortened(rejected.message))
-
-    return answered
-
-
-def _shortened(message: str) -> str:
-    """A status message that fits: a value that it quotes may be of any length."""
-    data = message.encode("utf-8", errors="replace")
-    return message if len(data) <= MAX_DETAILS_BYTES else data[:MAX_DETAILS_BYTES].decode(errors="ignore") + "…"
-
-
-class Calls:
-    """The running calls over one `Service`.
+    Args:
+      front: `serving.engine.front.Front`, or a `Service` of this process, or what behaves like one.
+      guard: who may come in; None lets everybody in and writes nothing down.
+      metrics: counts and times; None counts nothing.
+      cache: answers of deterministic requests; None keeps none.
+      filters: what prompts and answers go through; None changes nothing.
+      interactions: the log of what was said; None keeps none.
+      traces: where spans go; None makes none.
 
     Attributes:
-      service: the engine's front, `llm_jax.inference.service.Service` or what behaves like it.
+      front, guard, metrics, cache: as given.
       accepting: whether new calls are taken; `refuse_new` ends that.
     """
 
-    def __init__(self, service) -> None:
-        self.service = service
+    def __init__(self, front: Any, *, guard: Guard | None = None, metrics: Metrics | None = None,
+                 cache: ResponseCache | None = None, filters: Filters | None = None,
+                 interactions: Interactions | None = None, traces: Traces | None = None) -> None:
+        super().__init__(front_of(front))
+        self.guard = guard
+        self.metrics = metrics
+        self.cache = cache
         self.accepting = True
-        self._token_bytes: int | None = service.tokenizer.max_token_bytes
+        self._filters = filters
+        self._interactions = interactions
+        self._traces = traces
         self._running: set[Mailbox] = set()
-        self._preparing = asyncio.Semaphore(MAX_PREPARING)
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def is_live(self) -> bool:
         """Whether a call that came now could be served."""
-        return self.accepting and bool(self.service.is_live)
+        return self.accepting and self.front.is_live
 
     def refuse_new(self) -> None:
         """From now on new calls end with UNAVAILABLE; the running ones go on."""
         self.accepting = False
-        self.service.begin_drain()
+        self.front.begin_drain()
 
     def cut(self) -> None:
         """Ends every running call with UNAVAILABLE."""
@@ -134,80 +85,22 @@ class Calls:
         """Calls that are being answered."""
         return len(self._running)
 
-    @property
-    def max_message_bytes(self) -> int:
-        """Size of a request from which its prompt can't fit, or is nothing but padding."""
-        if self._token_bytes is None:
-            return MAX_MESSAGE_BYTES
-        return max(SMALL_MESSAGE_BYTES, self.service.max_prompt_tokens * max(self._token_bytes, TOKEN_ID_BYTES))
+    def admitted(self, caller: Caller, action: str, *, counted: bool = True) -> AbstractAsyncContextManager[Admission]:
+        """A request from its arrival to its end: `async with calls.admitted(caller, "generate") as admission`.
 
-    def parser(self, message: Any) -> Callable[[bytes], Any]:
-        """A deserializer that gives what `method` answers with INVALID_ARGUMENT for bytes that are no such message."""
-        parse = messages.parser(message)
+        Asks the guard, counts the request by how it ends, and writes the audit line. What the block raises comes out
+        as `Rejected`, but for the cancellation of its task and errors of gRPC's own, which come out as they are.
 
-        def parse_or_reject(data: bytes):
-            if len(data) > self.max_message_bytes:
-                return invalid(f"the request has {len(data)} bytes, more than any prompt that fits: at most "
-                               f"{self.service.max_prompt_tokens} tokens")
-            request = parse(data)
-            return invalid("the request's bytes are not the message this method takes") if request is None else request
-
-        return parse_or_reject
-
-    async def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of `text`; a long text is tokenized in another thread, one that can't fit not at all.
+        Args:
+          caller: as the door knows it.
+          action: one of `access.identity.ACTIONS`.
+          counted: whether it takes a place among the caller's requests; not so for a connection that brings requests,
+            each of which is admitted by itself.
 
         Raises:
-          Rejected: the text has more tokens than fit, however well they match it.
+          Rejected: nobody is let in, or the block failed.
         """
-        if len(text) < LONG_TEXT:
-            return self.service.encode(text, add_bos=add_bos)
-        if self._token_bytes is not None:
-            begins = add_bos and self.service.tokenizer.adds_bos
-            self._check_length(begins + -(-len(text.encode()) // self._token_bytes), "at least ")
-        return await asyncio.to_thread(self.service.encode, text, add_bos=add_bos)
-
-    def token_ids(self, sent: Sequence[int]) -> list[int]:
-        """A prompt that was sent as tokens.
-
-        Raises:
-          Rejected: there are more than fit; they are not copied then.
-        """
-        self._check_length(len(sent))
-        return list(sent)
-
-    def _check_length(self, num_tokens: int, least: str = "") -> None:
-        most = self.service.max_prompt_tokens
-        if num_tokens > most:
-            raise invalid(f"the prompt has {least}{num_tokens} tokens; at most {most} fit (context "
-                          f"{self.service.max_context}, one for the answer)")
-
-    def sampling(self, prompt_ids: Sequence[int], *, max_tokens: int, num_samples: int, best_of: int = 0,
-                 **fields) -> SamplingParams:
-        """Sampling parameters of a request over the wire, where 0 for `max_tokens` is "as many as fit".
-
-        Other fields that are left out or None are the model's own defaults.
-
-        Raises:
-          InvalidRequest, Rejected: naming the field and the values it takes.
-        """
-        if max_tokens < 0:
-            raise invalid(f"max_tokens={max_tokens} must be positive, or 0 for as many as fit")
-        most = self.max_samples
-        if not 0 <= num_samples <= most:
-            raise invalid(f"num_samples={num_samples} must lie between 1 and {most}")
-        if best_of and not max(num_samples, 1) <= best_of <= most:
-            raise invalid(f"best_of={best_of} must lie between num_samples ({max(num_samples, 1)}) and {most}, or be 0")
-        if not prompt_ids:
-            raise invalid("the prompt has no tokens")
-        # A prompt that leaves no room is refused by the service, which knows the limit to name.
-        limit = max_tokens or max(1, self.service.max_context - len(prompt_ids))
-        return self.service.defaults.params(max_tokens=limit, **fields)
-
-    @property
-    def max_samples(self) -> int:
-        """Requests to the engine that one call may make."""
-        return min(MAX_SAMPLES, self.service.max_requests)
+        return admitted(caller, action, guard=self.guard, metrics=self.metrics, traces=self._traces, counted=counted)
 
     async def stream(
         self,
@@ -215,16 +108,16 @@ class Calls:
         sampling: SamplingParams,
         num_samples: int,
         priority: int,
-        write: Callable[[dict[int, Delta], dict[int, float]], Awaitable[None]],
+        write: Write,
         *,
+        admission: Admission,
         best_of: int = 0,
-        tenant: str = "",
         deadline_s: float | None = None,
     ) -> None:
         """Runs `num_samples` samples of one prompt, handing their news to `write` until each has finished.
 
         However this ends (also by cancellation: the client left or its deadline passed), nothing of the call keeps
-        running in the engine.
+        running in the engine. An answer that a content filter ends has the finish_reason "content_filter".
 
         Args:
           prompt_ids: the prompt, beginning-of-sequence token included.
@@ -232,67 +125,119 @@ class Calls:
           num_samples: samples of the prompt; 0 means 1.
           priority: larger goes first among the requests that wait.
           write: given the merged delta of each sample with news, and the seconds to each sample's first token so far.
+          admission: whose request it is; its usage is kept up.
           best_of: samples that are drawn; with more than num_samples, `write` is given the likeliest of them at the
             end, the best as number 0.
-          tenant: see `Service.submit`.
           deadline_s: seconds after which each sample ends with what it has.
 
         Raises:
-          Rejected: with the status the call should end with.
-          InvalidRequest, QueueFull, Unavailable: from the service.
+          Rejected: with the reason for which the call should end.
+          InvalidRequest, QueueFull, Unavailable: from the engine; `admitted` makes them `Rejected`.
         """
-        wanted = num_samples or 1
-        count = best_of or wanted
-        params = [dataclasses.replace(sampling, sample=i, prompt_logprobs=None if i else sampling.prompt_logprobs)
-                  for i in range(count)]
-        held = [Gathered() for _ in range(count if count > wanted else 0)]
         arrived = time.monotonic()
-        first_token: dict[int, float] = {}
+        asked = prompt_ids
         with self._call() as (mailbox, unfinished):
-            listeners = [functools.partial(mailbox.push, i) for i in range(count)]
-            ids = await self._submitted(functools.partial(
-                self.service.submit_samples, prompt_ids, params, listeners, priority, tenant=tenant,
-                deadline_s=deadline_s), apart=sampling.constraint is not None or count * len(prompt_ids) > MANY_TOKENS)
-            unfinished.update(enumerate(ids))
-            while unfinished:
-                news = await mailbox.take()
-                for sample, delta in news.items():
-                    if delta.token_ids:
-                        first_token.setdefault(sample, time.monotonic() - arrived)
-                    if delta.finish_reason is not None:
-                        del unfinished[sample]
-                        self._raise_if_failed(delta, sample in first_token)
-                    if held:
-                        held[sample].add(delta)
-                if not held:
-                    await write(news, first_token)
-        if held:
-            found = [gathered.joined() for gathered in held]
-            best = sorted(range(count), key=lambda i: -_mean_logprob(found[i]))[:wanted]
-            ranked = {rank: dataclasses.replace(found[i], prompt_logprobs=() if rank else found[0].prompt_logprobs)
-                      for rank, i in enumerate(best)}
-            await write(ranked, {rank: first_token[i] for rank, i in enumerate(best) if i in first_token})
+            if self._filters is not None:
+                prompt_ids = await self._filters.before(prompt_ids, self.front.tokenizer, _who(admission))
+            wanted = num_samples or 1
+            question = Question(prompt_ids, sampling, wanted, best_of or wanted, admission.priority(priority),
+                                admission.tenant, deadline_s)
+            admission.reserve(len(prompt_ids) + question.drawn * sampling.max_tokens)
+            watch = None if self._filters is None else self._filters.watch(_who(admission), len(prompt_ids))
+            told: list[Gathered] = [Gathered() for _ in range(wanted)] if self._interactions is not None else []
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: str, priority: int) -> list[Delta]:
+            async def tell(news: dict[int, Delta], first_token: dict[int, float]) -> set[int]:
+                stopped: set[int] = set()
+                if watch is not None:
+                    news, stopped = await watch.seen(news)
+                if told:
+                    for sample, delta in news.items():
+                        told[sample].add(delta)
+                if news:
+                    await write(news, first_token)
+                return stopped
+
+            try:
+                await self._answered(question, admission, tell, mailbox, unfinished)
+            finally:
+                if self._interactions is not None and any(one.token_ids or one.last for one in told):
+                    self._interactions.add(admission, asked, sampling, [one.joined() for one in told],
+                                           self.front.tokenizer)
+        if self.metrics is not None:
+            self.metrics.end_to_end(time.monotonic() - arrived)
+
+    async def _answered(self, question: Question, admission: Admission, tell: Any, mailbox: Mailbox,
+                        unfinished: dict[int, int]) -> None:
+        """Answers from the cache or the engine."""
+        began = time.monotonic()
+        key = None if self.cache is None else self.cache.key(question, self.front.weights_version)
+        if self.cache is not None and key is not None:
+            found = self.cache.get(key)
+            if self.metrics is not None:
+                self.metrics.cache(found is not None)
+            if found is not None:
+                admission.add_usage(Usage(len(question.prompt_ids), sum(len(d.token_ids) for d in found)))
+                await tell(dict(enumerate(found)), dict.fromkeys(range(len(found)), time.monotonic() - began))
+                return
+        whole = [Gathered() for _ in range(question.wanted if key is not None else 0)]
+
+        async def keep(news: dict[int, Delta], first_token: dict[int, float]) -> set[int]:
+            for sample, delta in news.items():
+                whole[sample].add(delta)
+            return await tell(news, first_token)
+
+        answer = Answer(question, self.front, mailbox, unfinished, admission.span.first_token)
+        try:
+            await answer.run(keep if whole else tell)
+        finally:
+            admission.add_usage(answer.usage())
+            if self.metrics is not None:
+                answer.report(self.metrics)
+        if self.cache is not None and key is not None:
+            self.cache.put(key, [one.joined() for one in whole])
+
+    async def collect(self, prompt_ids: Sequence[int], sampling: SamplingParams, num_samples: int, priority: int, *,
+                      admission: Admission, best_of: int = 0, deadline_s: float | None = None) -> list[Delta]:
+        """The same in one piece: each sample's deltas joined. Arguments and errors as of `stream`."""
+        found = [Gathered() for _ in range(num_samples or 1)]
+
+        async def write(news: dict[int, Delta], _first_token: dict[int, float]) -> None:
+            for sample, delta in news.items():
+                found[sample].add(delta)
+
+        await self.stream(prompt_ids, sampling, num_samples, priority, write, admission=admission, best_of=best_of,
+                          deadline_s=deadline_s)
+        return [one.joined() for one in found]
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: str, priority: int, *,
+                    admission: Admission) -> list[Delta]:
         """The embedding of each prompt, as the last delta of its request.
 
         Args:
           prompts: token ids.
           pooling, priority: see `Service.embed`.
+          admission: whose request it is; its usage is kept up.
 
         Raises:
           as `stream`.
         """
         found: dict[int, Delta] = {}
         with self._call() as (mailbox, unfinished):
+            if self._filters is not None:
+                prompts = [await self._filters.before(p, self.front.tokenizer, _who(admission)) for p in prompts]
+            admission.reserve(sum(map(len, prompts)))
             for i, prompt_ids in enumerate(prompts):
-                unfinished[i] = self.service.embed(prompt_ids, pooling, functools.partial(mailbox.push, i), priority)
+                unfinished[i] = await self.front.embed(prompt_ids, pooling, functools.partial(mailbox.push, i),
+                                                       admission.priority(priority))
+                admission.add_usage(Usage(len(prompt_ids), 0))
                 await asyncio.sleep(0)  # each takes time with the prompt's length: other calls come in between
             while unfinished:
                 for i, delta in (await mailbox.take()).items():
                     del unfinished[i]  # there is but one delta of each
-                    self._raise_if_failed(delta, False)
+                    raise_if_failed(delta, self.front.is_live)
                     found[i] = delta
+        if self.metrics is not None:
+            self.metrics.tokens(sum(map(len, prompts)), 0, 0)
         return [found[i] for i in range(len(prompts))]
 
     @contextlib.contextmanager
@@ -310,40 +255,11 @@ class Calls:
             raise Unavailable("the server shut down before this request was finished") from None
         finally:
             for request_id in unfinished.values():
-                self.service.cancel(request_id)
+                self.front.cancel(request_id)
             self._running.discard(mailbox)
             if not self._running:
                 self._idle.set()
 
-    async def _submitted(self, submit: Callable[[], list[int]], apart: bool) -> list[int]:
-        """The ids of what `submit` queues; in another thread (`apart`) if that may take long."""
-        if not apart:
-            return submit()
-        async with self._preparing:
-            task = asyncio.ensure_future(asyncio.to_thread(submit))
-            try:
-                return await asyncio.shield(task)
-            except asyncio.CancelledError:  # the client left, but a thread can't be stopped
-                task.add_done_callback(self._cancel_all)
-                raise
 
-    def _cancel_all(self, submitted: asyncio.Future[list[int]]) -> None:
-        if not submitted.cancelled() and submitted.exception() is None:
-            for request_id in submitted.result():
-                self.service.cancel(request_id)
-
-    def _raise_if_failed(self, delta: Delta, began: bool) -> None:
-        """Rejected, if that is how the sample ended; `began`: whether it has any token."""
-        if delta.finish_reason == "error":  # a failed step, or a constraint that its tokens can't follow to the end
-            raise Rejected(grpc.StatusCode.INTERNAL, delta.error or "the engine failed on this request")
-        if delta.finish_reason == "deadline" and not began:
-            raise Rejected(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline, or the longest wait that the "
-                           "server allows, passed before its first token")
-        if delta.finish_reason == "cancelled":
-            if not self.is_live:
-                raise Unavailable("the server shut down before this request was finished")
-            raise Rejected(grpc.StatusCode.CANCELLED, delta.error or "the request was cancelled by the server")
-
-
-def _mean_logprob(delta: Delta) -> float:
-    return math.fsum(delta.logprobs) / len(delta.logprobs) if delta.logprobs else -math.inf
+def _who(admission: Admission) -> Identity:
+    return admission.identity or Identity(tenant=admission.tenant)

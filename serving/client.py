@@ -10,17 +10,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
 
 import grpc
 
 from llm_jax.errors import UserError
-from llm_jax.inference.request import Constraint, PromptLogprob, TopLogprobs
 from serving import messages
+from serving.client_request import Asked, Chunk, checked, chunk, generate_request, set_prompt
+from serving.client_session import Session
 
 CONNECT_TIMEOUT_S = 5.0
 _POOLINGS = {"mean": 1, "last": 2}
@@ -31,38 +31,13 @@ class RequestFailed(UserError):
 
     Attributes:
       code: the gRPC status, e.g. `grpc.StatusCode.RESOURCE_EXHAUSTED`.
+      request_id: by which the server's logs know the request; "" if it never got there.
     """
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str, request_id: str = "") -> None:
         super().__init__(message)
         self.code = code
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece of one sample, as it arrives.
-
-    Attributes:
-      sample: which sample, from 0.
-      text: whole characters.
-      token_ids: tokens since the last chunk; their text may come later.
-      logprobs: of each of token_ids, if asked for.
-      top_logprobs: for each of them, if asked for, the likeliest tokens as (id, log-probability), the best first.
-      prompt_logprobs: in the first chunks of sample 0, if asked for: the prompt's tokens from the second on.
-      finish_reason: in the last chunk "stop", "length" or "deadline"; the JetStream protocol has none, so None there.
-      prompt_tokens, completion_tokens, cached_tokens: in the last chunk; None in the JetStream protocol.
-    """
-
-    sample: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    cached_tokens: int | None = None
-    top_logprobs: tuple[TopLogprobs, ...] = ()
-    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+        self.request_id = request_id
 
 
 class Client:
@@ -70,21 +45,31 @@ class Client:
 
     Args:
       address: `host:port`, or `[host]:port` for IPv6.
+      api_key: where the server asks for one. Never told to anybody else, but readable on the way without TLS.
+      tls: whether the server speaks TLS; `tls_ca` and `tls_cert` say so by themselves.
+      tls_ca: PEM file of the authorities that may sign the server's certificate; None takes the system's.
+      tls_cert, tls_key: PEM files of a certificate to show, and its private key, where the server asks for one.
       connect_timeout_s: how long to try to reach the server.
       timeout_s: limit on each call, seconds; None waits for as long as the server streams.
 
     Raises:
-      UserError: there is no server at the address.
+      UserError: there is no server at the address, a file can't be read, or the key is none.
     """
 
-    def __init__(self, address: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S,
-                 timeout_s: float | None = None) -> None:
+    def __init__(self, address: str, *, api_key: str | None = None, tls: bool = False, tls_ca: str | None = None,
+                 tls_cert: str | None = None, tls_key: str | None = None,
+                 connect_timeout_s: float = CONNECT_TIMEOUT_S, timeout_s: float | None = None) -> None:
         self._address = address
         self._timeout_s = timeout_s
+        self._metadata = _metadata(api_key)
         # A proxy meant for the internet (http_proxy) does not know this machine's own ports.
         local = address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
-        self._channel = grpc.insecure_channel(address, options=[
-            ("grpc.max_receive_message_length", -1), *([("grpc.enable_http_proxy", 0)] if local else [])])
+        options = [("grpc.max_receive_message_length", -1), *([("grpc.enable_http_proxy", 0)] if local else [])]
+        if tls or tls_ca or tls_cert:
+            credentials = grpc.ssl_channel_credentials(*map(_contents, (tls_ca, tls_key, tls_cert)))
+            self._channel = grpc.secure_channel(address, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
         try:
             grpc.channel_ready_future(self._channel).result(timeout=connect_timeout_s)
         except grpc.FutureTimeoutError:
@@ -115,51 +100,12 @@ class Client:
         """The served model's `llm_jax.serving.v1.Model`: its limits and special tokens."""
         return self._call(messages.INFERENCE, "GetModel", messages.GetModelRequest(), messages.Model)
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        min_tokens: int | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        prompt_logprobs: int | None = None,
-        constraint: Constraint | None = None,
-        num_samples: int = 1,
-        best_of: int = 0,
-        priority: int = 0,
-        tenant: str = "",
-        deadline_seconds: float | None = None,
-    ) -> Iterator[Chunk]:
+    def generate(self, prompt: str | Sequence[int], **asked: Unpack[Asked]) -> Iterator[Chunk]:
         """Streams the continuation of `prompt`; closing the iterator cancels the request on the server.
 
         Args:
           prompt: text, or token ids that are used as they are.
-          max_tokens: new tokens of each sample, at most; 0 is as many as fit.
-          temperature, top_k, top_p, min_p, repetition_penalty, min_tokens: as in
-            `llm_jax.inference.request.SamplingParams`; as the served model came configured where they are None.
-          seed, presence_penalty, frequency_penalty, logit_bias, stop_ids, ignore_eos, constraint: as there.
-          stop: strings before the first of which the text ends; one may be given as it is.
-          logprobs: whether chunks carry log-probabilities.
-          top_logprobs: those of how many of the likeliest tokens beside each.
-          prompt_logprobs: the same for the prompt's tokens; None is not even their own.
-          num_samples: samples of the one prompt.
-          best_of: draw so many, and send the likeliest when all have finished; 0 is num_samples.
-          priority: larger goes first among the requests that wait.
-          tenant: whose request it is; computed prompts are used again within a tenant alone.
-          deadline_seconds: end with what there is after so long.
+          **asked: see `serving.client_request.Asked`.
 
         Yields:
           `Chunk`s, those of different samples in the order they arrive.
@@ -168,31 +114,22 @@ class Client:
           UserError: an argument does not fit its field.
           RequestFailed: the server refused the request or could not finish it.
         """
-        with _checked():
-            sampling = messages.Sampling(
-                max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, min_p=min_p,
-                repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty, logit_bias=logit_bias,
-                stop=[stop] if isinstance(stop, str) else stop, stop_ids=stop_ids, min_tokens=min_tokens,
-                ignore_eos=ignore_eos, logprobs=logprobs, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs,
-                num_samples=num_samples, best_of=best_of)
-            if constraint is not None:
-                setattr(sampling, constraint.kind, constraint.text)
-            request = messages.GenerateRequest(sampling=sampling, priority=priority, tenant=tenant,
-                                               deadline_seconds=deadline_seconds)
-            _set_prompt(request, prompt)
+        request = generate_request(prompt, asked)
         for response in self._stream(messages.INFERENCE, "Generate", request, messages.GenerateResponse):
-            ended = response.HasField("usage")
-            yield Chunk(
-                sample=response.sample, text=response.text, token_ids=tuple(response.token_ids),
-                logprobs=tuple(response.logprobs),
-                finish_reason=messages.finish_reason_name(response.finish_reason),
-                prompt_tokens=response.usage.prompt_tokens if ended else None,
-                completion_tokens=response.usage.completion_tokens if ended else None,
-                cached_tokens=response.usage.cached_tokens if ended else None,
-                top_logprobs=tuple(map(_pairs, response.top_logprobs)),
-                prompt_logprobs=tuple(PromptLogprob(p.token_id, p.logprob, _pairs(p.top))
-                                      for p in response.prompt_logprobs))
+            yield chunk(response)
+
+    def session(self) -> Session:
+        """A call in which several requests run at once; to be closed, or used as a context.
+
+            with client.session() as session:
+                one, other = session.start("从前", max_tokens=64), session.start("def main(", max_tokens=64)
+                for chunk in one: …
+                other.cancel()
+        """
+        start = self._channel.stream_stream(f"/{messages.INFERENCE}/Session", messages.SessionRequest.SerializeToString,
+                                            messages.SessionResponse.FromString)
+        return Session(lambda requests: start(requests, timeout=self._timeout_s, metadata=self._metadata),
+                       self._failure, lambda code, said: RequestFailed(code, self._said(code, said)))
 
     def embed(self, prompts: Sequence[str | Sequence[int]], pooling: str = "mean", *,
               priority: int = 0) -> list[tuple[float, ...]]:
@@ -205,17 +142,17 @@ class Client:
         """
         if pooling not in _POOLINGS:
             raise UserError(f"pooling must be one of {', '.join(_POOLINGS)}, not {pooling!r}")
-        with _checked():
+        with checked():
             request = messages.EmbedRequest(pooling=_POOLINGS[pooling], priority=priority)
             for prompt in prompts:
-                _set_prompt(request.inputs.add(), prompt)
+                set_prompt(request.inputs.add(), prompt)
         answer = self._call(messages.INFERENCE, "Embed", request, messages.EmbedResponse, wait=True)
         return [tuple(one.values) for one in answer.embeddings]
 
     def decode(self, prompt: str | Sequence[int], *, max_tokens: int = 0, num_samples: int = 1, has_bos: bool = False,
                priority: int = 0) -> Iterator[Chunk]:
         """The same over the JetStream protocol, which leaves sampling to the server and says nothing at the end."""
-        with _checked():
+        with checked():
             request = messages.DecodeRequest(max_tokens=max_tokens, num_samples=num_samples, has_bos=has_bos,
                                              priority=priority)
             if isinstance(prompt, str):
@@ -231,13 +168,14 @@ class Client:
     def _call(self, service: str, method: str, request, answer: Any, wait: bool = False):
         call = self._channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
         try:
-            return call(request, timeout=self._timeout_s or (None if wait else CONNECT_TIMEOUT_S))
+            return call(request, timeout=self._timeout_s or (None if wait else CONNECT_TIMEOUT_S),
+                        metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._failure(error) from None
 
     def _stream(self, service: str, method: str, request, answer: Any) -> Iterator:
         start = self._channel.unary_stream(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
-        call = start(request, timeout=self._timeout_s)
+        call = start(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             yield from call
         except grpc.RpcError as error:
@@ -247,28 +185,28 @@ class Client:
 
     def _failure(self, error: grpc.RpcError) -> RequestFailed:
         code = error.code()
-        return RequestFailed(code, f"{self._address} answered {code.name}: {error.details()}")
+        request_id = dict(error.initial_metadata() or ()).get("x-request-id", "")
+        return RequestFailed(code, self._said(code, error.details()), request_id)
+
+    def _said(self, code: grpc.StatusCode, details: str) -> str:
+        return f"{self._address} answered {code.name}: {details}"
 
 
-@contextlib.contextmanager
-def _checked() -> Iterator[None]:
-    """UserError for a value that its field of the message can't hold."""
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    if api_key is None:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise UserError("the API key must be printable ASCII without spaces around it")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def _contents(path: str | None) -> bytes | None:
+    if path is None:
+        return None
     try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the request can't be sent: {error}") from None
-
-
-def _set_prompt(holder: Any, prompt: str | Sequence[int]) -> None:
-    if isinstance(prompt, str):
-        holder.text = prompt
-    else:
-        holder.token_ids.ids.extend(prompt)
-        holder.token_ids.SetInParent()
-
-
-def _pairs(top: Any) -> TopLogprobs:
-    return tuple(zip(top.token_ids, top.logprobs, strict=True))
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,11 @@ EXAMPLES = """examples:
   python -m serving.client --prompt="A person as JSON: " --json_schema=person.json
   python -m serving.client --prompt="Yes or no? " --regex="yes|no" --top_logprobs=5 --json
   python -m serving.client --prompt="def main(" --prompt="import os" --embed=mean
+
+environment:
+  LLM_JAX_API_KEY  the API key, where the server asks for one (on the command line others could read it)
 """
+API_KEY = "LLM_JAX_API_KEY"
 # Flags by the type of their value, each named like the argument of `Client.generate`.
 _FLOATS = {
     "temperature": "0 takes the likeliest token each time; by default as the model came configured, else 0",
@@ -83,11 +87,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json_schema", metavar="FILE", help="the completion must be JSON of this schema")
     add("--regex", help="the completion must match this expression")
     add("--grammar", metavar="FILE", help="the completion must belong to this grammar (Lark)")
-    add("--tenant", default="", help="whose request it is: computed prompts are used again within a tenant alone")
+    add("--tenant", default="",
+        help="whose request it is, for a server without API keys: computed prompts are used again within one alone")
     add("--embed", choices=("mean", "last"), help="print the prompts' embeddings instead, a line of JSON each")
     add("--json", action="store_true", help="print one JSON object a sample at the end instead of streaming")
     add("--jetstream", action="store_true",
         help="speak JetStream's protocol (greedy unless the server was told otherwise)")
+    add("--tls", action="store_true", help="the server speaks TLS, with a certificate that this system trusts")
+    add("--tls_ca", metavar="FILE", help="PEM file of the authorities that may sign the server's certificate")
+    add("--tls_cert", metavar="FILE", help="PEM file of a certificate to show to the server")
+    add("--tls_key", metavar="FILE", help="PEM file of its private key")
     add("--timeout", type=float, default=None, help="give up after this many seconds")
     return parser.parse_args(argv)
 
@@ -189,7 +198,9 @@ def _run(args: argparse.Namespace) -> None:
     if len(args.prompt) > 1 and not args.embed:
         raise UserError("one --prompt at a time is continued; several are for --embed")
     prompts = [_read_prompt(prompt) for prompt in args.prompt]
-    with client.Client(args.address, connect_timeout_s=client.CONNECT_TIMEOUT_S, timeout_s=args.timeout) as server:
+    tls = {name: getattr(args, name) for name in ("tls", "tls_ca", "tls_cert", "tls_key")}
+    with client.Client(args.address, api_key=os.environ.get(API_KEY) or None, **tls,
+                       connect_timeout_s=client.CONNECT_TIMEOUT_S, timeout_s=args.timeout) as server:
         if args.embed:
             for vector in server.embed(prompts, args.embed):
                 print(json.dumps({"embedding": [float(f"{x:.8g}") for x in vector]}))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 
 from llm_jax.inference.request import MAX_LOGPROBS, Constraint, Delta, SamplingParams, TopLogprobs
-from serving import messages
-from serving.calls import MAX_TENANT_CHARACTERS, Calls, invalid, method
+from serving import messages, session
+from serving.admission import Admission
+from serving.calls import Calls
+from serving.errors import invalid
+from serving.rpc import method, parser
 
 # Fields that mean something when they are absent, and those that are always said.
 _OPTIONAL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "prompt_logprobs")
@@ -20,80 +23,92 @@ PIECE = 1024  # tokens of which one message tells the likeliest, at most: client
 class Inference:
     """The methods of the service."""
 
+    full_name = messages.INFERENCE
+
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    @method
-    async def Generate(self, request, context) -> None:
+    @method("generate")
+    async def Generate(self, request, context, admission: Admission) -> None:
         """Streams the continuation of the prompt."""
+        await self._generate(request, admission, context.write)
+
+    @method("generate", counted=False)
+    async def Session(self, requests, context, admission: Admission) -> None:
+        """Generates for several requests at once, which come and are cancelled while others run."""
+        await session.Session(self._calls, admission.caller, self._generate, context.write).run(requests)
+
+    async def _generate(self, request: Any, admission: Admission, send: Callable[[Any], Awaitable[None]]) -> None:
         prompt_ids = await self._prompt_ids(request)
         asked = request.sampling
         sampling = self._sampling(prompt_ids, asked)
-        if len(request.tenant) > MAX_TENANT_CHARACTERS:
-            raise invalid(f"tenant must have at most {MAX_TENANT_CHARACTERS} characters")
         deadline_s = request.deadline_seconds if request.HasField("deadline_seconds") else None
         if deadline_s is not None and not deadline_s > 0:
-            raise invalid(f"deadline_seconds={deadline_s:g} must be more than 0")
+            raise invalid(f"deadline_seconds={deadline_s:g} must be more than 0", "deadline_seconds")
         with_logprobs = asked.logprobs or asked.top_logprobs > 0
 
         async def write(news: dict[int, Delta], first_token: dict[int, float]) -> None:
             for sample, delta in news.items():
                 for response in _responses(sample, delta, with_logprobs, first_token.get(sample, 0.0)):
-                    await context.write(response)
+                    await send(response)
 
         await self._calls.stream(prompt_ids, sampling, asked.num_samples, request.priority, write,
-                                 best_of=asked.best_of, tenant=request.tenant, deadline_s=deadline_s)
+                                 admission=admission, best_of=asked.best_of, deadline_s=deadline_s)
 
-    @method
-    async def Embed(self, request, context):
+    @method("embed")
+    async def Embed(self, request, context, admission: Admission):
         """A vector for each text."""
         calls = self._calls
         if not 1 <= len(request.inputs) <= calls.max_samples:
-            raise invalid(f"there are {len(request.inputs)} inputs; 1 to {calls.max_samples} may be sent at once")
+            raise invalid(f"there are {len(request.inputs)} inputs; 1 to {calls.max_samples} may be sent at once",
+                          "inputs")
         pooling = messages.POOLINGS.get(request.pooling)
         if pooling is None:
-            raise invalid(f"pooling={request.pooling} is unknown: POOLING_MEAN (1) or POOLING_LAST (2)")
+            raise invalid(f"pooling={request.pooling} is unknown: POOLING_MEAN (1) or POOLING_LAST (2)",
+                          "pooling")
         prompts = [await self._prompt_ids(one) for one in request.inputs]
         if not all(prompts):
-            raise invalid("an input has no tokens")
-        found = await calls.embed(prompts, pooling, request.priority)
+            raise invalid("an input has no tokens", "inputs")
+        found = await calls.embed(prompts, pooling, request.priority, admission=admission)
         return messages.EmbedResponse(embeddings=[
             messages.Embedding(values=delta.embedding.tolist(), prompt_tokens=len(prompt_ids))
             for prompt_ids, delta in zip(prompts, found, strict=True)])
 
-    @method
-    async def GetModel(self, request, context):
+    @method("read")
+    async def GetModel(self, request, context, admission: Admission):
         """The limits and special tokens of the served model."""
-        service = self._calls.service
+        front = self._calls.front
         return messages.Model(
-            max_context=service.max_context, max_prompt_tokens=service.max_prompt_tokens,
-            vocab_size=service.tokenizer.vocab_size, end_ids=service.tokenizer.end_ids,
-            bos_id=service.tokenizer.bos_id if service.tokenizer.adds_bos else None)
+            max_context=front.max_context, max_prompt_tokens=front.max_prompt_tokens,
+            vocab_size=front.tokenizer.vocab_size, end_ids=front.tokenizer.end_ids,
+            bos_id=front.tokenizer.bos_id if front.tokenizer.adds_bos else None)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service as gRPC registers it."""
-        parser = self._calls.parser
+        calls = self._calls
         return grpc.method_handlers_generic_handler(messages.INFERENCE, {
             "Generate": grpc.unary_stream_rpc_method_handler(
-                self.Generate, parser(messages.GenerateRequest), messages.GenerateResponse.SerializeToString),
+                self.Generate, parser(calls, messages.GenerateRequest), messages.GenerateResponse.SerializeToString),
+            "Session": grpc.stream_stream_rpc_method_handler(
+                self.Session, parser(calls, messages.SessionRequest), messages.SessionResponse.SerializeToString),
             "Embed": grpc.unary_unary_rpc_method_handler(
-                self.Embed, parser(messages.EmbedRequest), messages.EmbedResponse.SerializeToString),
+                self.Embed, parser(calls, messages.EmbedRequest), messages.EmbedResponse.SerializeToString),
             "GetModel": grpc.unary_unary_rpc_method_handler(
-                self.GetModel, parser(messages.GetModelRequest), messages.Model.SerializeToString),
+                self.GetModel, parser(calls, messages.GetModelRequest), messages.Model.SerializeToString),
         })
 
     async def _prompt_ids(self, holder: Any) -> list[int]:
         """Tokens of a message's `prompt`."""
         kind = holder.WhichOneof("prompt")
         if kind is None:
-            raise invalid("the request has no prompt: set text or token_ids")
+            raise invalid("the request has no prompt: set text or token_ids", "prompt")
         return await self._calls.encode(holder.text) if kind == "text" else self._calls.token_ids(holder.token_ids.ids)
 
     def _sampling(self, prompt_ids: list[int], asked: Any) -> SamplingParams:
         said = {name: getattr(asked, name) for name in _OPTIONAL if asked.HasField(name)}
         said |= {name: getattr(asked, name) for name in _PLAIN}
         if not 0 <= asked.top_logprobs <= MAX_LOGPROBS:
-            raise invalid(f"top_logprobs={asked.top_logprobs} must lie between 0 and {MAX_LOGPROBS}")
+            raise invalid(f"top_logprobs={asked.top_logprobs} must lie between 0 and {MAX_LOGPROBS}", "top_logprobs")
         kind = asked.WhichOneof("constraint")
         return self._calls.sampling(
             prompt_ids, max_tokens=asked.max_tokens, num_samples=asked.num_samples, best_of=asked.best_of,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 
 from llm_jax.inference.request import Delta, PromptLogprob, TopLogprobs
 
@@ -48,11 +49,17 @@ class Mailbox:
 
     `push` is called by the engine's thread and never blocks: a reader that lags finds one larger delta instead of many
     small ones, so what is held is at most the text of the request itself and no other request is slowed down.
+
+    Attributes:
+      first_at: when each sample's first token came, on `time.monotonic`: however late the reader is.
+      last_at: when the last one so far came.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
+        self.first_at: dict[int, float] = {}
+        self.last_at: dict[int, float] = {}
         self._pending: dict[int, Gathered] = {}
         self._woken = False  # a wake-up is on its way or has not been acted on: no second one is needed
         self._news = asyncio.Event()
@@ -60,7 +67,11 @@ class Mailbox:
 
     def push(self, sample: int, delta: Delta) -> None:
         """Adds what `sample` has produced. Any thread; safe after the loop has closed."""
+        now = time.monotonic()
         with self._lock:
+            if delta.token_ids:
+                self.first_at.setdefault(sample, now)
+                self.last_at[sample] = now
             self._pending.setdefault(sample, Gathered()).add(delta)
             wake, self._woken = not self._woken, True
         if wake:

@@ -55,6 +55,11 @@ PromptLogprob = _message("llm_jax.serving.v1.PromptLogprob")
 EmbedRequest = _message("llm_jax.serving.v1.EmbedRequest")
 EmbedResponse = _message("llm_jax.serving.v1.EmbedResponse")
 Prompt = _message("llm_jax.serving.v1.Prompt")
+SessionRequest = _message("llm_jax.serving.v1.SessionRequest")
+SessionResponse = _message("llm_jax.serving.v1.SessionResponse")
+Failure = _message("llm_jax.serving.v1.Failure")
+Done = _message("llm_jax.serving.v1.Done")
+Cancel = _message("llm_jax.serving.v1.Cancel")
 Embedding = _message("llm_jax.serving.v1.Embedding")
 
 
@@ -76,7 +81,7 @@ _FINISH_REASONS = POOL.FindEnumTypeByName("llm_jax.serving.v1.FinishReason")
 
 
 def finish_reason_number(reason: str | None) -> int:
-    """The enum value for the engine's "stop", "length" or "deadline"; None (the sample goes on) is 0."""
+    """The enum value for a `finish_reason`, such as "stop" or "content_filter"; None (the sample goes on) is 0."""
     return 0 if reason is None else _FINISH_REASONS.values_by_name[f"FINISH_REASON_{reason.upper()}"].number
 
 

@@ -12,7 +12,10 @@ import grpc
 
 from llm_jax.inference.request import Delta
 from serving import messages
-from serving.calls import Calls, invalid, method
+from serving.admission import Admission
+from serving.calls import Calls
+from serving.errors import invalid
+from serving.rpc import method, open_method, parser
 
 _StreamContent = messages.DecodeResponse.StreamContent
 _Sample = _StreamContent.Sample
@@ -33,16 +36,18 @@ class DecodeSampling:
 class Orchestrator:
     """The two methods of the service."""
 
+    full_name = messages.ORCHESTRATOR
+
     def __init__(self, calls: Calls, sampling: DecodeSampling) -> None:
         self._calls = calls
         self._sampling = sampling
 
-    @method
-    async def Decode(self, request, context) -> None:
+    @method("generate")
+    async def Decode(self, request, context, admission: Admission) -> None:
         """Streams the continuation of the prompt."""
         if request.lora_adapter_id:
             raise invalid(f"lora_adapter_id={request.lora_adapter_id!r}: this server has no adapters loaded; "
-                          "leave the field empty")
+                          "leave the field empty", "lora_adapter_id")
         content = request.WhichOneof("content")
         if content is None:
             raise invalid("the request has no content: set text_content or token_content")
@@ -50,7 +55,7 @@ class Orchestrator:
             prompt_ids = await self._calls.encode(request.text_content.text, add_bos=not request.has_bos)
         else:
             prompt_ids = self._calls.token_ids(request.token_content.token_ids)
-            tokenizer = self._calls.service.tokenizer
+            tokenizer = self._calls.front.tokenizer
             # Upstream puts the token in front unless told not to, and would double one that is there already.
             if not request.has_bos and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos_id]:
                 prompt_ids.insert(0, tokenizer.bos_id)
@@ -76,20 +81,21 @@ class Orchestrator:
                 samples[sample] = _Sample(text=delta.text if with_text else "", token_ids=delta.token_ids)
             await context.write(_response(samples))
 
-        await self._calls.stream(prompt_ids, sampling, num_samples, request.priority, write)
+        await self._calls.stream(prompt_ids, sampling, num_samples, request.priority, write,
+                                 admission=admission)
 
-    @method
+    @open_method
     async def HealthCheck(self, request, context):
-        """Whether the server takes new work."""
+        """Whether the server takes new work; anybody may ask."""
         return messages.HealthCheckResponse(is_live=self._calls.is_live)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service as gRPC registers it."""
         return grpc.method_handlers_generic_handler(messages.ORCHESTRATOR, {
             "Decode": grpc.unary_stream_rpc_method_handler(
-                self.Decode, self._calls.parser(messages.DecodeRequest), messages.DecodeResponse.SerializeToString),
+                self.Decode, parser(self._calls, messages.DecodeRequest), messages.DecodeResponse.SerializeToString),
             "HealthCheck": grpc.unary_unary_rpc_method_handler(
-                self.HealthCheck, self._calls.parser(messages.HealthCheckRequest),
+                self.HealthCheck, parser(self._calls, messages.HealthCheckRequest),
                 messages.HealthCheckResponse.SerializeToString),
         })
 

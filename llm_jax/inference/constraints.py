@@ -153,7 +153,7 @@ class Grammars:
                 found = str(error)
             self._keep(constraint, found)
         if isinstance(found, str):
-            raise InvalidRequest(found)
+            raise InvalidRequest(found, constraint.kind)
         return Matcher(self, constraint, found)
 
     def again(self, constraint: Constraint, full: _Compiled,

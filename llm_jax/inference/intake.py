@@ -39,14 +39,14 @@ class Intake:
         tokens = [int(t) for t in prompt_ids]
         vocabulary = self._engine.config.vocab_size
         if not tokens:
-            raise InvalidRequest("the prompt is empty: it needs at least one token")
-        for name, ids in (("token id", tokens), ("stop_ids:", params.stop_ids),
-                          ("logit_bias:", [i for i, _ in params.logit_bias])):
+            raise InvalidRequest("the prompt is empty: it needs at least one token", "prompt")
+        for name, field, ids in (("token id", "prompt", tokens), ("stop_ids:", "stop_ids", params.stop_ids),
+                                 ("logit_bias:", "logit_bias", [i for i, _ in params.logit_bias])):
             bad = next((t for t in ids if not 0 <= t < vocabulary), None)
             if bad is not None:
-                raise InvalidRequest(f"{name} {bad} is outside the vocabulary (0 to {vocabulary - 1})")
+                raise InvalidRequest(f"{name} {bad} is outside the vocabulary (0 to {vocabulary - 1})", field)
         if deadline_s is not None and not deadline_s > 0:
-            raise InvalidRequest(f"deadline_s must be more than 0, not {deadline_s}")
+            raise InvalidRequest(f"deadline_s must be more than 0, not {deadline_s}", "deadline_s")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
         matcher = None if params.constraint is None else self._all_grammars().matcher(params.constraint)

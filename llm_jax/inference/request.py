@@ -20,11 +20,22 @@ CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 class InvalidRequest(UserError):
-    """The request can never be served as it is."""
+    """The request can never be served as it is.
+
+    Attributes:
+      field: of the request, that is at fault; None if it is no single one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for one new token."""
+
+    def __init__(self, message: str, field: str | None = "prompt") -> None:
+        super().__init__(message, field)
 
 
 class QueueFull(UserError):
@@ -53,9 +64,9 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if self.kind not in CONSTRAINTS:
-            raise InvalidRequest(f"constraint must be one of {', '.join(CONSTRAINTS)}, not {self.kind!r}")
+            raise InvalidRequest(f"constraint must be one of {', '.join(CONSTRAINTS)}, not {self.kind!r}", "constraint")
         if not isinstance(self.text, str) or not 1 <= len(self.text) <= MAX_CONSTRAINT_CHARACTERS:
-            raise InvalidRequest(f"a {self.kind} must have 1 to {MAX_CONSTRAINT_CHARACTERS} characters")
+            raise InvalidRequest(f"a {self.kind} must have 1 to {MAX_CONSTRAINT_CHARACTERS} characters", self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +123,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, good: bool, want: str) -> None:
             if not good:
-                raise InvalidRequest(f"{name} must be {want}, not {getattr(self, name)!r}")
+                raise InvalidRequest(f"{name} must be {want}, not {getattr(self, name)!r}", name)
 
         def whole(name: str, least: int, most: int, want: str) -> None:
             check(name, _is_whole(getattr(self, name), least, most), want)
@@ -143,7 +154,7 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS or not all(
                 isinstance(s, str) and 1 <= len(s) <= MAX_STOP_CHARACTERS for s in self.stop):
             raise InvalidRequest(f"stop must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} "
-                                 "characters each")
+                                 "characters each", "stop")
         check("stop_ids", len(self.stop_ids) <= MAX_STOP_IDS and all(_is_whole(i, 0, 2**31 - 1) for i in self.stop_ids),
               f"at most {MAX_STOP_IDS} token ids")
         check("logit_bias", len(self.logit_bias) <= MAX_LOGIT_BIAS and all(
@@ -162,11 +173,13 @@ class Usage:
 
     Attributes:
       cached_tokens: those of the prompt whose keys and values were in the prefix cache.
+      queue_seconds: from the request's arrival to the first step that it took part in, or to its end if there was none.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
 
 
 TopLogprobs = tuple[tuple[int, float], ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ class Request:
       pooling: "mean" or "last" if its embedding is wanted, and no text; else None.
       completion_tokens: tokens of the completion so far.
       failure: why its constraint can't be followed any further.
+      arrived: when it was made, on `time.monotonic`.
+      started: when the first step that it takes part in was planned; None before.
     """
 
     sequence: Running
@@ -55,6 +58,8 @@ class Request:
     pooling: str | None = None
     completion_tokens: int = 0
     failure: str | None = None
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    started: float | None = None
     _admission: int = -1
     _prompt: dict[int, PromptLogprob] = dataclasses.field(default_factory=dict)
     _told_prompt: bool = False
@@ -168,4 +173,6 @@ class Request:
 
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self.sequence.num_prompt, self.completion_tokens, self.sequence.cached_tokens)
+        started = time.monotonic() if self.started is None else self.started
+        return Usage(self.sequence.num_prompt, self.completion_tokens, self.sequence.cached_tokens,
+                     started - self.arrived)

@@ -59,6 +59,7 @@ class Service:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.ready_seconds = 0.0
+        self.weights_version = 0  # how often they were replaced
         self.statistics = Statistics()
         self._max_queue = max_queue
         self._make_scheduler = lambda: engine.make_scheduler(max_queue, scheduler, max_wait_s=max_wait_s,
@@ -172,7 +173,7 @@ class Service:
           listener, priority: as of `submit`.
         """
         if pooling not in POOLINGS:
-            raise InvalidRequest(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+            raise InvalidRequest(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}", "pooling")
         request = self._intake.request(next(self._ids), prompt_ids, SamplingParams(max_tokens=1), listener, priority,
                                        "", None)
         request.pooling, request.sequence.reuse = pooling, False
@@ -307,7 +308,10 @@ class Service:
         return [self._requests[s.id] for s in self._scheduler.running] if self.engine.wide_rows else []
 
     def _prepare(self, plan: Plan) -> Any:
-        requests = self._requests
+        requests, now = self._requests, time.monotonic()
+        for c in plan:
+            if requests[c.sequence.id].started is None:
+                requests[c.sequence.id].started = now
         drawing = [requests[c.sequence.id] for c in plan if c.samples]
         scores = {c.sequence.id: c.sequence.tokens[:c.sequence.num_prompt] for c in plan.prefill
                   if requests[c.sequence.id].wants_scores}
@@ -359,6 +363,7 @@ class Service:
             self.engine.set_params(params)
             self._scheduler.restart()
             self._scheduler.forget_prefixes()
+            self.weights_version += 1
             done.append(None)
         except Exception as error:  # noqa: BLE001 - it is the caller's
             done.append(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -30,13 +31,13 @@ class Statistics:
 
     def snapshot(self, scheduler: Scheduler, engine: Any, proposals: Acceptance) -> dict[str, Any]:
         """Requests running and waiting, pages used and in all, slots of used pages that hold nothing, steps, tokens
-        drawn, prompt tokens computed, most requests seen in one step, tokens proposed and accepted, and what
-        `SchedulerStats` has."""
+        drawn, prompt tokens computed, most requests seen in one step, tokens proposed and accepted, the process's
+        id, and what `SchedulerStats` has."""
         return {"running": len(scheduler.running), "waiting": len(scheduler.waiting),
                 "pages_used": scheduler.pool.num_used, "pages_total": scheduler.pool.num_pages,
                 "wasted_slots": scheduler.wasted_slots(), "steps": engine.num_steps, "tokens": self.tokens,
                 "prompt_tokens": self.prompt_tokens, "most_rows": self.most_rows,
-                "proposed": proposals.proposed, "accepted": proposals.accepted,
+                "proposed": proposals.proposed, "accepted": proposals.accepted, "pid": os.getpid(),
                 **dataclasses.asdict(scheduler.stats)}
 
     def line(self, snapshot: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import grpc
 import jax
 import pytest
@@ -14,6 +16,16 @@ from llm_jax.models import Decoder, ModelConfig, init_params
 from tests.serving.doubles import ForeignStub, RunningServer, running_server, wait_until
 
 MAX_ROWS, MAX_QUEUE, MAX_CONTEXT = 4, 4, 512
+
+
+@pytest.fixture(autouse=True)
+def log_handlers():
+    """A server that a test launches sends log lines where it likes: afterwards they go where they went."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
 
 
 @pytest.fixture

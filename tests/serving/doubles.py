@@ -22,6 +22,7 @@ from llm_jax.inference.request import (
     Unavailable,
     Usage,
 )
+from serving.options import ServerOptions
 from serving.server import Server
 
 BOS, EOS = 1, 2
@@ -31,7 +32,22 @@ class CharacterTokenizer:
     """A token for each code point."""
 
     vocab_size, bos_id, eos_id, end_ids, adds_bos = 0x110003, BOS, EOS, (EOS,), True
-    max_token_bytes = 4
+    max_token_bytes, stripped_spaces = 4, 0
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return [ord(c) + 3 for c in text]
+
+    def prompt_ids(self, text: str, special: bool = False) -> list[int]:
+        return [BOS, *self.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _text(ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return _text([token_id]).encode()
+
+    def token_text(self, token_id: int) -> str:
+        return _text([token_id]) or f"<{token_id}>"
 
 
 class FakeService:
@@ -52,6 +68,7 @@ class FakeService:
     max_requests = 64
     tokenizer = CharacterTokenizer()
     defaults = SamplingDefaults()
+    weights_version = 0
 
     def __init__(self, *, step_s: float = 0.001, max_running: int = 64) -> None:
         self.submitted: list[tuple[tuple[int, ...], SamplingParams | str, int]] = []
@@ -72,7 +89,7 @@ class FakeService:
         self._thread.start()
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        return [BOS] * add_bos + [ord(c) + 3 for c in text]
+        return [BOS] * add_bos + self.tokenizer.encode(text)
 
     def submit_samples(self, prompt_ids: Sequence[int], params: Sequence[SamplingParams],
                        listeners: Sequence[Callable[[Delta], None]], priority: int = 0, *, tenant: str = "",
@@ -169,6 +186,8 @@ class RunningServer:
         self.address = self.server.address
 
     async def _make(self, service, options) -> Server:
+        # A response cache would answer where a test asks what the engine does.
+        options.setdefault("options", ServerOptions(response_cache_entries=0))
         server = Server(service, port=0, **options)
         await server.start()
         return server

@@ -7,11 +7,17 @@ import pathlib
 import subprocess
 import sys
 
+import grpc
 import pytest
+import trustme
 
 import serving
-from llm_jax.inference.request import Constraint, SamplingParams
+from llm_jax.errors import UserError
+from llm_jax.inference.request import Constraint, QueueFull, SamplingParams
 from serving import client
+from serving.client_command import API_KEY
+from serving.options import ServerOptions
+from tests.serving.access.keyring import Keyring
 from tests.serving.doubles import running_server
 
 ROOT = pathlib.Path(serving.__file__).parent.parent
@@ -119,3 +125,69 @@ def test_a_reader_that_closes_the_pipe_is_no_error(server):
 def test_the_client_needs_no_jax():
     program = "import sys, serving.client; assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_key_comes_from_the_environment_and_is_never_told(tmp_path, monkeypatch, capfd):
+    keyring = Keyring(tmp_path)
+    good, lesser = keyring.add("user"), keyring.add("read-only")
+    with running_server(options=ServerOptions(keys_file=str(keyring.path))) as running:
+        command = [f"--address={running.address}", "--prompt=ab", "--max_tokens=2"]
+        monkeypatch.delenv(API_KEY, raising=False)
+        assert client.main(command) == 2
+        assert "UNAUTHENTICATED: an API key is needed" in capfd.readouterr().err
+        monkeypatch.setenv(API_KEY, lesser)
+        assert client.main(command) == 2
+        err = capfd.readouterr().err
+        assert "PERMISSION_DENIED" in err and lesser not in err
+        monkeypatch.setenv(API_KEY, good)
+        assert client.main(command) == 0
+        out, err = capfd.readouterr()
+        assert out == "ab\n" and good not in err
+        with client.Client(running.address, api_key=good) as connection:
+            assert "".join(c.text for c in connection.generate("你好", max_tokens=2)) == "你好"
+            assert connection.embed(["a"]) and connection.model().max_context
+            with connection.session() as session:
+                assert "".join(c.text for c in session.start("你好", max_tokens=2)) == "你好"
+            with pytest.raises(client.RequestFailed) as caught:
+                list(connection.generate("ab", top_p=2.0))
+            assert caught.value.request_id.startswith("req-")
+        for key in ("", " x", "你", "a\nb"):
+            with pytest.raises(UserError, match="the API key must be"):
+                client.Client(running.address, api_key=key)
+
+
+def test_tls_and_a_certificate_instead_of_a_key(tmp_path, capfd):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name, issued in (("server", authority.issue_cert("127.0.0.1")),
+                         ("client", authority.issue_cert("who@example.org", common_name="网站"))):
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        (tmp_path / f"{name}.pem").write_bytes(b"".join(one.bytes() for one in issued.cert_chain_pems))
+    keyring = Keyring(tmp_path)
+    keyring.add("user", certificate="网站", tenant="甲")
+    options = ServerOptions(keys_file=str(keyring.path), tls_cert=str(tmp_path / "server.pem"),
+                            tls_key=str(tmp_path / "server.key"), tls_client_ca=str(tmp_path / "ca.pem"))
+    with running_server(options=options) as running:
+        command = [f"--address={running.address}", "--prompt=ab", "--max_tokens=2"]
+        assert client.main([*command, f"--tls_ca={tmp_path}/ca.pem", f"--tls_cert={tmp_path}/client.pem",
+                            f"--tls_key={tmp_path}/client.key"]) == 0
+        assert capfd.readouterr().out == "ab\n" and running.service.terms == [("甲", None)]
+        with pytest.raises(UserError, match="no server at"):  # nobody whom this system trusts
+            client.Client(running.address, tls=True, connect_timeout_s=0.5)
+    assert client.main([*command, "--tls_ca=/nowhere"]) == 2
+    assert "cannot read /nowhere" in capfd.readouterr().err
+
+
+def test_each_call_has_an_id_and_says_when_to_come_back(server):
+    method = "/llm_jax.serving.v1.Inference/Generate"
+    with grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_stream(method)(b"", metadata=[("x-request-id", "mine-1")], timeout=10)
+        assert dict(call.initial_metadata())["x-request-id"] == "mine-1"
+        call = channel.unary_stream(method)(b"", metadata=[("x-request-id", "not a good id")], timeout=10)
+        assert dict(call.initial_metadata())["x-request-id"].startswith("req-")
+        assert call.code() == grpc.StatusCode.INVALID_ARGUMENT and not call.trailing_metadata()
+        server.service.faults["voll"] = QueueFull("too many requests are waiting")
+        request = client.generate_request("voll", {})
+        call = channel.unary_stream(method, type(request).SerializeToString)(request, timeout=10)
+        assert call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(call.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"

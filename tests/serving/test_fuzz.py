@@ -17,7 +17,8 @@ from tests.serving.doubles import ForeignStub, wait_until
 
 CODE = grpc.StatusCode
 DECODE, HEALTH = f"/{messages.ORCHESTRATOR}/Decode", f"/{messages.ORCHESTRATOR}/HealthCheck"
-GENERATE, EMBED, MODEL = (f"/{messages.INFERENCE}/{name}" for name in ("Generate", "Embed", "GetModel"))
+GENERATE, EMBED, MODEL, SESSION = (f"/{messages.INFERENCE}/{name}"
+                                   for name in ("Generate", "Embed", "GetModel", "Session"))
 CHECK, REFLECT = "/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 # What bad input may be answered with; the queue of this engine is short, so a good request may find it full.
 FINE = {CODE.OK, CODE.DEADLINE_EXCEEDED, CODE.INVALID_ARGUMENT, CODE.RESOURCE_EXHAUSTED, CODE.CANCELLED}
@@ -42,7 +43,7 @@ def threads():
 
 
 @pytest.fixture
-def server(service, threads, real_server, capfd):
+def server(service, threads, real_server, capfd, caplog):
     """A server over a real engine, which must still answer as before when the test is over."""
     with grpc.insecure_channel(real_server.address) as channel:
         stub = ForeignStub(channel)
@@ -58,7 +59,7 @@ def server(service, threads, real_server, capfd):
         assert wait_until(lambda: real_server.server.calls.running == 0)
         assert stub.is_live()
         assert sum(answer(), []) == expected
-        assert "Traceback" not in capfd.readouterr().err
+        assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
 def _status(call, most: int = 3) -> CODE:
@@ -130,6 +131,15 @@ def _generate_request(rng: random.Random):
     return request
 
 
+def _session_request(rng: random.Random):
+    request = messages.SessionRequest(id=_sometimes(rng, TEXTS, str(rng.randrange(4))))
+    if rng.random() < 0.8:
+        request.start.CopyFrom(_generate_request(rng))
+    elif rng.random() < 0.9:
+        request.cancel.SetInParent()
+    return request
+
+
 def _embed_request(rng: random.Random):
     request = messages.EmbedRequest(pooling=_sometimes(rng, (-1, 1, 2, 3, 2**31 - 1), 0), priority=rng.choice(INT32))
     for _ in range(_sometimes(rng, (0, 2, 9, 65), 1)):
@@ -162,12 +172,19 @@ def _run_all(address: str, work, number: int, workers: int = 8) -> list:
 
 def test_random_bytes_are_refused_or_answered(server):
     def work(channel, rng):
-        method = rng.choice((DECODE, DECODE, GENERATE, GENERATE, EMBED, HEALTH, MODEL, CHECK, REFLECT))
-        make = {DECODE: _decode_request, EMBED: _embed_request}.get(method, _generate_request)
-        data = (rng.randbytes(rng.choice((0, 1, 2, 9, 50, 2000))) if rng.random() < 0.4
-                else _mutated(rng, make(rng).SerializeToString()))
-        if method == REFLECT:
-            call = channel.stream_stream(method)(iter([data]), timeout=20)
+        method = rng.choice((DECODE, DECODE, GENERATE, GENERATE, SESSION, EMBED, HEALTH, MODEL, CHECK, REFLECT))
+        make = {DECODE: _decode_request, SESSION: _session_request, EMBED: _embed_request}.get(
+            method, _generate_request)
+
+        def random_bytes() -> bytes:
+            if rng.random() < 0.4:
+                return rng.randbytes(rng.choice((0, 1, 2, 9, 50, 2000)))
+            return _mutated(rng, make(rng).SerializeToString())
+
+        data = random_bytes()
+        if method in (REFLECT, SESSION):
+            sent = [data] if method == REFLECT else [data, *(random_bytes() for _ in range(rng.randrange(4)))]
+            call = channel.stream_stream(method)(iter(sent), timeout=20)
         else:
             call = channel.unary_stream(method)(data, timeout=20)
         return method, _status(call), call.details(), data[:60]
@@ -188,6 +205,29 @@ def test_field_values_at_their_edges_are_refused_or_answered(server, method, mak
     results = _run_all(server.address, work, 600)
     assert not [r for r in results if r[0] not in FINE]
     assert {CODE.OK, CODE.INVALID_ARGUMENT} <= {code for code, _, _ in results}
+
+
+def test_what_goes_wrong_in_a_session_ends_that_request_alone(server):
+    """Whatever else is sent, the good request among it is answered, and every answer names its request."""
+    good = messages.SessionRequest(id="good", start=messages.GenerateRequest(
+        text="def main(", sampling=messages.Sampling(max_tokens=3)))
+
+    def work(channel, rng):
+        sent = [_session_request(rng) for _ in range(rng.randrange(6))]
+        sent.insert(rng.randrange(len(sent) + 1), good)
+        call = channel.stream_stream(SESSION, messages.SessionRequest.SerializeToString,
+                                     messages.SessionResponse.FromString)(iter(sent), timeout=30)
+        heard = list(call)
+        ends = [r for r in heard if r.id == "good" and r.WhichOneof("kind") != "response"]
+        codes = {r.failure.code for r in heard if r.WhichOneof("kind") == "failure"}
+        return call.code(), ends, codes, {r.id for r in heard} <= {"", *(one.id for one in sent)}
+
+    results = _run_all(server.address, work, 200)
+    assert not [r for r in results if r[0] != CODE.OK or len(r[1]) != 1 or not r[3]]
+    assert {code for _, _, codes, _ in results for code in codes} <= {code.value[0] for code in FINE}
+    full = CODE.RESOURCE_EXHAUSTED.value[0]  # the queue of this engine is short
+    assert all(end.WhichOneof("kind") == "done" or end.failure.code == full for _, (end,), _, _ in results)
+    assert sum(end.WhichOneof("kind") == "done" for _, (end,), _, _ in results) > 50
 
 
 def test_clients_that_come_and_go_at_any_moment(server):

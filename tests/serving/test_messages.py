@@ -37,8 +37,9 @@ def test_descriptor_set_is_what_the_proto_text_says(name):
     written += [(field, int(number)) for field, number in re.findall(r"^\s+([A-Z_]+)\s*=\s*(\d+);", text, re.MULTILINE)]
     assert sorted(compiled) == sorted(written)
     methods = [method for service in described.services_by_name.values() for method in service.methods]
-    assert re.findall(r"rpc (\w+)\((\w+)\) returns \((stream )?(\w+)\)", text) == [
-        (m.name, m.input_type.name, "stream " if m.server_streaming else "", m.output_type.name) for m in methods]
+    assert re.findall(r"rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\)", text) == [
+        (m.name, "stream " if m.client_streaming else "", m.input_type.name,
+         "stream " if m.server_streaming else "", m.output_type.name) for m in methods]
 
 
 def test_jetstream_fields_are_upstreams():
