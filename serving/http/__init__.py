@@ -1,0 +1,1 @@
+"""The HTTP door: OpenAI's interface, a WebSocket, the operator's pages."""
