@@ -25,7 +25,7 @@ TRACE =
 py := $(VENV)/bin/python
 flag = $(if $($(1)),'--$(2)=$($(1))')
 
-.PHONY: help quickstart test test-parity test-tpu benchmark-serve benchmark-train golden lint typecheck venv venv-dev venv-parity clean
+.PHONY: help quickstart test test-ops test-jetstream test-parity test-tpu benchmark-serve benchmark-train golden lint typecheck venv venv-dev venv-ops venv-parity clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,6 +41,14 @@ quickstart: venv ## from a folder of text to a served model: prepare, train, eva
 
 test: lint typecheck ## lint, type check and the whole test suite
 	@$(py) -m pytest $(PYTEST_ARGS)
+
+test-ops: venv-ops ## behind nginx, watched by Prometheus, in a browser; installs Debian's packages for them if they are missing
+	@sh tools/debian_packages.sh nginx=nginx-light prometheus=prometheus promtool=prometheus chromium=chromium
+	@$(py) -m pytest tests/ops
+
+test-jetstream: venv-dev ## the archived server's own stubs, load tester and Engine API, without its TensorFlow
+	@[ -d .venv-jetstream/jetstream ] || $(py) -m pip install -q --no-deps --target .venv-jetstream -r requirements-jetstream.txt
+	@$(py) -m pytest tests/jetstream
 
 test-parity: venv-parity ## against live transformers on shapes drawn afresh; writes docs/families.md. SEED=n repeats a run
 	@HF_HUB_OFFLINE=1 PARITY_SEED=$(SEED) $(PARITY_VENV)/bin/python -m pytest -n auto tests/parity
@@ -70,9 +78,12 @@ venv: ## the environment of requirements.txt, in $(VENV)
 venv-dev: ## the same with the tools of requirements-dev.txt
 	@sh tools/venv.sh dev
 
+venv-ops: ## and what drives a browser
+	@sh tools/venv.sh ops
+
 venv-parity: ## both, torch and transformers, in $(PARITY_VENV)
 	@VENV=$(PARITY_VENV) sh tools/venv.sh parity
 
 clean: ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv .venv-parity .venv-tpu .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-parity .venv-jetstream .venv-tpu .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the Python environment and installs what is asked for, once: tools/venv.sh GROUP, GROUP being run, dev or parity.
+# Makes the Python environment and installs what is asked for, once: tools/venv.sh GROUP, GROUP being run, dev, ops or parity.
 #
 # From the environment: VENV (folder), PYTHON (interpreter), BACKEND (cpu, tpu or cuda; what is installed stays if empty).
 # What was installed is written down in VENV only after it succeeded, with checksums of the requirement files: an
@@ -22,8 +22,9 @@ esac
 case $group in
   run) files=requirements.txt ;;
   dev) files='requirements.txt requirements-dev.txt' ;;
+  ops) files='requirements.txt requirements-dev.txt requirements-ops.txt' ;;
   parity) files='requirements.txt requirements-dev.txt requirements-parity.txt' ;;
-  *) die "$group is not one of run, dev, parity" ;;
+  *) die "$group is not one of run, dev, ops, parity" ;;
 esac
 wanted="$BACKEND $(cat $files | cksum)"
 
@@ -77,5 +78,6 @@ else
 fi || die "the install did not finish (see above); the same command starts it again"
 say "$BACKEND" > "$VENV/.llm_jax-backend"
 [ "$group" = run ] || say "$BACKEND $(cat requirements.txt | cksum)" > "$VENV/.llm_jax-run"
+[ "$group" != ops ] || say "$BACKEND $(cat requirements.txt requirements-dev.txt | cksum)" > "$VENV/.llm_jax-dev"
 say "$wanted" > "$stamp.new" && mv "$stamp.new" "$stamp"
 say "installed in $(($(date +%s) - start)) s"

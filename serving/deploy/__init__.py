@@ -1,0 +1,1 @@
+"""Several instances behind one address: configurations, and what swaps their model."""

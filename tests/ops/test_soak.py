@@ -1,0 +1,38 @@
+"""The soak in small: the same traffic for half a minute over a compiled engine in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from benchmarks import soak
+from benchmarks.instances import make_run
+
+
+def test_mixed_traffic_leaves_nothing_behind(tmp_path):
+    run_dir = make_run(tmp_path / "runs" / "tiny", 0)
+    with soak.running_server(tmp_path, run_dir) as (http_port, grpc_port, pid, key):
+        result, before, after, watch = asyncio.run(soak.soak(
+            http_port, grpc_port, pid, key, seconds=25.0, warm_s=15.0, clients=8, prompts=soak.PROMPTS[:20], say=print))
+    assert soak.said(tmp_path, key) == []
+    # Half a minute says nothing of memory: what is still being filled counts as growth.
+    assert soak.judge(result, before, dataclasses.replace(after, memory_mib=before.memory_mib)) == []
+    assert set(result.counts) == {"good", "cancelled", "malformed", "oversized", "slow", "dropped"}
+    assert result.counts["good"] > 100 and max(one.pages for one in watch.samples) > 0
+    # An audit line for each request that reached the door, and none without its status.
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert len(lines) >= result.counts.total() - result.counts["dropped"] - result.counts["cancelled"]
+    assert all('"status": "' in line for line in lines)
+
+
+def test_a_leak_would_be_seen():
+    """The judge, shown a server that keeps something."""
+    quiet = soak.Sample(60.0, 0, 0, 0, (100.0, 400.0), (10, 20), (30, 5))
+    assert soak.judge(soak.Result(), quiet, quiet) == []
+    for change in ({"pages": 1}, {"running": 2}, {"open_requests": 1}, {"memory_mib": (140.0, 400.0)},
+                   {"threads": (10, 25)}, {"files": (40, 5)}):
+        assert len(soak.judge(soak.Result(), quiet, dataclasses.replace(quiet, **change))) == 1, change
+    assert soak.judge(soak.Result(wrong=["another text"]), quiet, quiet)
+    slow = soak.Result()
+    slow.seconds["good"].append(soak.STALL_S + 1)
+    assert soak.judge(slow, quiet, quiet)
