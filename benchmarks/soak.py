@@ -33,7 +33,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import report
-from benchmarks.instances import ROOT, free_ports, make_run, serve_command
+from benchmarks.fleet import ROOT, free_ports, make_run, serve_command
 from benchmarks.soak_traffic import STALL_S, Known, Traffic, Wrong
 
 PROMPTS = tuple(f"{kind} {i}" for kind in ("def main(", "从前有一座山", "import os", "你好，世界") for i in range(10))

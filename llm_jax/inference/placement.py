@@ -57,7 +57,7 @@ class Placement:
     def params(self, params: Any) -> Any:
         """Per-layer parameters, as a step reads them; UserError if an axis can't be divided."""
         if self.whole is None:
-            return params
+            return jax.tree.map(_pinned, params)
         axes = logical_axes(Decoder(self._config, Execution(scan_layers=False)))
         if self._config.latent is not None:
             axes = {name: _absorbed(layer) if name.startswith("layers_") else layer for name, layer in axes.items()}
@@ -67,7 +67,7 @@ class Placement:
     def pools(self, make: Callable[[], Pools]) -> Pools:
         """What `make` makes, each pool made where it lies, so that no device ever holds more than its own part."""
         if self.whole is None:
-            return make()
+            return jax.tree.map(_pinned, make())
         return jax.jit(make, out_shardings=self.pool_shardings(jax.eval_shape(make)))()
 
     def pool_shardings(self, pools: Pools) -> Any:
@@ -82,7 +82,7 @@ class Placement:
 
     def replicated(self, tree: Any) -> Any:
         """Arrays that every device holds."""
-        return tree if self.whole is None else jax.tree.map(lambda leaf: _put(leaf, self.whole), tree)
+        return jax.tree.map(_pinned if self.whole is None else lambda leaf: _put(leaf, self.whole), tree)
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -94,6 +94,12 @@ class Placement:
         with (jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh),
               activation_rules({"activation_mlp": "tensor", "activation_vocab": self._vocab})):
             yield
+
+
+def _pinned(leaf: Any) -> jax.Array:
+    """The same array, committed to the device that it is on: what a step returns is, if one of its arguments is, and a
+    program is compiled again for arguments of which others are."""
+    return jax.device_put(leaf, next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.local_devices()[0])
 
 
 def _put(leaf: Any, sharding: Any) -> jax.Array:

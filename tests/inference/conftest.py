@@ -35,7 +35,8 @@ def config(tokenizer):
 def params(config):
     made = jax.jit(lambda key: models.init_params(Decoder(config), key))(jax.random.key(0))
     # Larger than at initialisation: attention that is nearly uniform would hide a wrong position.
-    return jax.tree.map(lambda leaf: leaf * 2.0, made)
+    # On a device of their own choice, as those of a checkpoint are: programs are compiled again for others.
+    return jax.device_put(jax.tree.map(lambda leaf: leaf * 2.0, made), jax.local_devices()[0])
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def test_a_seed_repeats_itself_in_any_company(service):
     assert len(fresh) > 1
 
 
-def test_no_compile_after_ready_whatever_is_asked(service):
+def test_no_compile_after_ready_whatever_is_asked(service, fresh):
     compiles = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiles.append(name) if "compile" in name else None)
@@ -113,6 +113,11 @@ def test_no_compile_after_ready_whatever_is_asked(service):
     for prompt, o in zip(asked, options, strict=True):
         complete(service, [prompt], [SamplingParams(max_tokens=3, **o)])
     assert not compiles
+    restarted = fresh()  # with pools as they are after a step that failed
+    made = len(compiles)
+    for prompt, o in zip(asked, options, strict=True):
+        complete(restarted, [prompt], [SamplingParams(max_tokens=3, **o)])
+    assert len(compiles) == made
 
 
 def test_preemption_ends_with_the_same_tokens(engine, service, tokenizer, dense_logits):

@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from benchmarks.instances import free_ports, make_run
+from benchmarks.fleet import free_ports, make_run
 from serving.client import Client
 
 HERE = pathlib.Path(__file__).resolve().parent

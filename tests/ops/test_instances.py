@@ -13,7 +13,8 @@ import openai
 import pytest
 from websockets.sync.client import connect
 
-from benchmarks.instances import Fleet, Load, ask_each, lost_needlessly, scenario
+from benchmarks.fleet import Fleet
+from benchmarks.instances import Load, ask_each, lost_needlessly, scenario
 from serving import messages
 
 MAX_TOKENS = 40  # at 5 ms each

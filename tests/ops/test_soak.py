@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 
 from benchmarks import soak
-from benchmarks.instances import make_run
+from benchmarks.fleet import make_run
 
 
 def test_mixed_traffic_leaves_nothing_behind(tmp_path):

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.instances import free_ports
+from benchmarks.fleet import free_ports
 from tests.serving.doubles import wait_until
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
