@@ -199,11 +199,11 @@ async def scenario(fleet: Fleet, load: Load, seconds: float, say: Callable[[str]
     return phases
 
 
-def ask_each(fleet: Fleet, prompts: Sequence[str], max_tokens: int) -> dict[str, set[str]]:
-    """What the first instance answers to each prompt, asked alone."""
+def ask_each(fleet: Fleet, prompts: Sequence[str], max_tokens: int, n: int = 1) -> dict[str, set[str]]:
+    """What instance n answers to each prompt, asked alone."""
     found = {}
     for prompt in prompts:
-        answer = httpx.post(f"http://{fleet.http_address(1)}/v1/completions", timeout=60, json={
+        answer = httpx.post(f"http://{fleet.http_address(n)}/v1/completions", timeout=60, json={
             "model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True})
         answer.raise_for_status()
         found[prompt] = {answer.json()["choices"][0]["text"]}
@@ -247,7 +247,7 @@ def main() -> int:
                     answers[prompt] |= texts
 
             phases = asyncio.run(scenario(fleet, load, args.seconds, say, before_swap))
-            swapped = [ask_each(fleet, PROMPTS, args.max_tokens) == others]
+            swapped = [ask_each(fleet, PROMPTS, args.max_tokens, n) == others for n in fleet.numbers]
         print(json.dumps({"clients": args.clients, "max_tokens": args.max_tokens, "phases": phases,
                           "serves_the_next_model": all(swapped)}))
     lost = lost_needlessly(phases)

@@ -198,8 +198,8 @@ class Traffic:
             await socket.recv()
 
     async def dropped_half_sent(self) -> None:
-        await self._raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                        b"content-length: 5000\r\n\r\n{\"model\": ", read=False)
+        await self._raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + self._key.encode()
+                        + b"\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{\"model\": ", read=False)
 
     async def dropped_unread(self) -> None:
         body = json.dumps(self._body(self._pick()[0], 400, stream=True)).encode()

@@ -107,7 +107,7 @@ def gin_main(root: str, default_files: Sequence[str] = (), argv: Sequence[str] |
     function = function or getattr(importlib.import_module(module_name), function_name)
     supplied = ["config_text"] if "config_text" in gin_config.parameters(function) else []
     config = gin_config.Config(function, settings, supplied)
-    gin_checks.check(config)
+    gin_checks.check(config, own)
     text = config.text()
     if parsed.print_config:
         print(text, end="")

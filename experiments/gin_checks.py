@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -52,8 +52,12 @@ def check_names(settings: Sequence[Setting], root: str) -> None:
         raise UserError(f"{missing[0].where}: {' and '.join(s.macro_name for s in missing)} must be given: add {flags}")
 
 
-def check(config: Config) -> None:
+def check(config: Config, flags: Collection[str] = ()) -> None:
     """Settings that nothing would read, parameters nobody gives, and values of the wrong type.
+
+    Args:
+      config: what the files and flags say.
+      flags: the root's parameters that are flags as well.
 
     Raises:
       UserError: naming the setting, where it stands, and what would be right.
@@ -69,6 +73,8 @@ def check(config: Config) -> None:
                       if n != "**" and p.default is inspect.Parameter.empty and n not in given and n not in supplied]
             if absent:
                 what = [f"{target.__qualname__}.{n}" for n in absent]
+                if target is config.root and set(absent) <= set(flags):
+                    raise UserError(f"{' and '.join(what)} must be given: add {' '.join(f'--{n}=…' for n in absent)}")
                 raise UserError(f"{' and '.join(what)} must be given: no Gin file sets it, nor --gin.{what[0]}=…")
 
 

@@ -158,10 +158,14 @@ def main(argv=None) -> int:
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        said = "\n".join((f"usage: python -m experiments.keys {'|'.join(COMMANDS)} --keys_file=FILE [--help]", "",
-                          (__doc__ or "").strip(), "", "examples:", *(f"  {line}" for line in EXAMPLES)))
+        said = "\n".join((
+            f"usage: python -m experiments.keys {'|'.join(COMMANDS)} --keys_file=FILE [--help]", "",
+            (__doc__ or "").strip(), "", "commands, whose own --help lists their flags:",
+            *(f"  {name:<8}  {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()), "",
+            "examples:", *(f"  {line}" for line in EXAMPLES)))
         if not is_help:
-            raise UserError(f"say what to do first: {', '.join(COMMANDS)}\n{said}")
+            unknown = f"there is no command {arguments[0]!r}; " if arguments else ""
+            raise UserError(f"{unknown}say what to do first: {', '.join(COMMANDS)}\n{said}")
         print(said)
         return 0
     root = f"experiments.keys:{command.__name__}"

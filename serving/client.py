@@ -65,7 +65,8 @@ class Client:
         # A proxy meant for the internet (http_proxy) does not know this machine's own ports.
         local = address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
         options = [("grpc.max_receive_message_length", -1), *([("grpc.enable_http_proxy", 0)] if local else [])]
-        if tls or tls_ca or tls_cert:
+        tls = bool(tls or tls_ca or tls_cert)
+        if tls:
             credentials = grpc.ssl_channel_credentials(*map(_contents, (tls_ca, tls_key, tls_cert)))
             self._channel = grpc.secure_channel(address, credentials, options)
         else:
@@ -74,7 +75,9 @@ class Client:
             grpc.channel_ready_future(self._channel).result(timeout=connect_timeout_s)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise UserError(f"no server at {address} (tried for {connect_timeout_s:g} s)") from None
+            how = f"with TLS and a certificate of {tls_ca or 'an authority that this system trusts'}" if tls else (
+                "without TLS")
+            raise UserError(f"no server at {address} speaks gRPC {how} (tried for {connect_timeout_s:g} s)") from None
 
     def __enter__(self) -> Client:
         return self

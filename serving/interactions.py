@@ -19,6 +19,7 @@ from llm_jax.inference.request import Delta, SamplingParams
 from serving import pii
 from serving.access.identity import Caller, Identity
 from serving.admission import Admission
+from serving.logs import without_keys
 
 MAX_WAITING = 256  # interactions that are not written yet: masking a long text takes a while, and nobody waits for it
 MAX_CHARACTERS = 50_000  # of a text; of what is longer only the beginning is in the log
@@ -112,7 +113,10 @@ class Interactions:
         asked = {field.name: value for field in dataclasses.fields(one.sampling)
                  if (value := getattr(one.sampling, field.name)) != getattr(_DEFAULTS, field.name)}
         if one.sampling.constraint is not None:
-            asked["constraint"] = dataclasses.asdict(one.sampling.constraint)
+            asked["constraint"] = {name: self._masked(text) for name, text
+                                   in dataclasses.asdict(one.sampling.constraint).items()}
+        if "stop" in asked:
+            asked["stop"] = [self._masked(text) for text in one.sampling.stop]
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(one.ended)), "request_id": caller.request_id,
             "key_id": one.identity.key_id, "tenant": one.tenant, "interface": caller.interface,
@@ -123,8 +127,8 @@ class Interactions:
 
     def _masked(self, text: str) -> str:
         if len(text) <= MAX_CHARACTERS:
-            return self._mask(text)
-        return self._mask(text[:MAX_CHARACTERS + _MAX_PIECE])[:MAX_CHARACTERS] + "…"
+            return without_keys(self._mask(text))
+        return without_keys(self._mask(text[:MAX_CHARACTERS + _MAX_PIECE]))[:MAX_CHARACTERS] + "…"
 
 
 class _PrivateFile(logging.handlers.WatchedFileHandler):

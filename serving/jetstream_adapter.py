@@ -186,7 +186,8 @@ class _Tokenizer(tokenizer_api.Tokenizer):
 
 
 def serve(engine: EngineAdapter, port: int) -> server_lib.JetStreamServer:
-    """Starts the archived server over the engine."""
+    """Starts the archived server over the engine, for this machine alone: it asks nobody who they are."""
+    server_lib._HOST = "127.0.0.1"  # "[::]" by itself, every address that the machine has
     if not hasattr(jax, "tree_map"):  # which JAX has taken away since, and without which it ends at its first request
         jax.tree_map = jax.tree_util.tree_map  # type: ignore[attr-defined]
     # It counts devices by the slice's name, and gives them to the engine, which has placed itself already.

@@ -53,7 +53,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name,
                                 "message": without_keys(record.getMessage())}
         if found := _request_id(record):
-            line["request_id"] = found
+            line["request_id"] = without_keys(found)
         if more := _traceback(self, record):
             line["traceback"] = without_keys(more)
         return json.dumps(line, ensure_ascii=False)

@@ -12,6 +12,7 @@ from serving.access.identity import Caller
 from serving.admission import Admission
 from serving.calls import Calls
 from serving.errors import Reason, Rejected, invalid
+from serving.logs import without_keys
 from serving.rpc import shortened, status_code
 
 MAX_REQUESTS = 64  # of one session at once
@@ -95,7 +96,9 @@ class Session:
             await self._fail(name, failure)
 
     async def _answered(self, name: str, request: Any) -> Rejected | None:
-        caller = dataclasses.replace(self._caller, request_id=f"{self._caller.request_id}/{name}",
+        # The client's own name for it may be anything: it begins no line of the log, and no key gets into one by it.
+        told = without_keys(name if name.isprintable() else repr(name))
+        caller = dataclasses.replace(self._caller, request_id=f"{self._caller.request_id}/{told}",
                                      tenant=request.tenant)
 
         async def send(response: Any) -> None:

@@ -40,7 +40,7 @@ class State:
         Raises:
           UserError: it can't be written to.
         """
-        self.path = pathlib.Path(directory)
+        self.path = pathlib.Path(directory).expanduser()  # as of quotas and audit lines, which lie there too
         self.instance = secrets.token_hex(8)
         self._instances = self.path / "instances"
         try:

@@ -179,7 +179,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    queue_seconds: float = 0.0
+    queue_seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 TopLogprobs = tuple[tuple[int, float], ...]

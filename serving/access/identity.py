@@ -6,6 +6,8 @@ import dataclasses
 import re
 import secrets
 
+from serving.logs import without_keys
+
 INTERFACES = ("grpc", "http", "websocket", "batch")
 ROLES = ("admin", "developer", "user", "read-only")
 ACTIONS = ("generate", "embed", "read", "files", "batch", "metrics", "admin")
@@ -14,8 +16,10 @@ _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 def sane_request_id(sent: str | None) -> str:
-    """The id that a client gave its request, if it can stand in a header and a log line; else a new one."""
-    return sent if sent and _REQUEST_ID.fullmatch(sent) else f"req-{secrets.token_hex(12)}"
+    """The id that a client gave its request, if it can stand in a header and a log line (no key can), else a new."""
+    if sent and _REQUEST_ID.fullmatch(sent) and without_keys(sent) == sent:
+        return sent
+    return f"req-{secrets.token_hex(12)}"
 
 
 @dataclasses.dataclass(frozen=True)

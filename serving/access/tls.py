@@ -54,7 +54,8 @@ class Tls:
         context.set_alpn_protocols(["http/1.1"])
         certificate, key = _read(options.tls_cert, "tls_cert"), _read(options.tls_key, "tls_key")
         try:  # without a password of ours, OpenSSL would ask the terminal for one
-            context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+            context.load_cert_chain(os.path.expanduser(options.tls_cert), os.path.expanduser(options.tls_key),
+                                    password=lambda: b"")
         except (ssl.SSLError, ValueError) as error:
             raise UserError(f"tls_cert {options.tls_cert} and tls_key {options.tls_key} must be a certificate and its "
                             f"private key, as PEM without a password: {_told(error)}") from None
@@ -63,7 +64,7 @@ class Tls:
         authorities = _read(options.tls_client_ca, "tls_client_ca")
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_verify_locations(cafile=options.tls_client_ca)
+            context.load_verify_locations(cafile=os.path.expanduser(options.tls_client_ca))
         except ssl.SSLError as error:
             raise UserError(f"tls_client_ca {options.tls_client_ca} must hold certificates as PEM: "
                             f"{_told(error)}") from None

@@ -67,6 +67,7 @@ def make_app(calls: Calls, info: ModelInfo, *, state: State | None = None) -> Fa
 
     app = FastAPI(
         title="llm_jax", version=llm_jax.__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # to a POST 307 says nothing, and behind a proxy its address would be wrong
         responses={"4XX": {"model": errors.ErrorBody, "description": "The request is refused; why, and what is right."},
                    "5XX": {"model": errors.ErrorBody, "description": "The server can't answer it, or failed."}},
         generate_unique_id_function=lambda route: route.name, lifespan=running)

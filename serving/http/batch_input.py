@@ -117,6 +117,8 @@ def _parsed(data: bytes, endpoint: str) -> tuple[dict[str, Any], tuple[str, str,
         return {}, ("invalid_value", "body must be a JSON object", "body")
     if body.get("stream"):
         return {}, ("invalid_value", "the answers of a batch are not streamed: leave stream out", "body.stream")
+    if body.get("background"):
+        return {}, ("invalid_value", "a batch is in the background as it is: leave background out", "body.background")
     if not isinstance(body.get("model"), str | None):
         return {}, ("invalid_value", "model must be a string", "body.model")
     return request, None

@@ -88,7 +88,8 @@ class BatchRunner:
             except Exception:
                 log.exception("can't look for batches")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._poll_s)
+                async with asyncio.timeout(self._poll_s):  # `wait_for` of Python 3.11 may lose a cancellation
+                    await self._news.wait()
 
     def _begin(self, batch: Batch) -> None:
         def ended(task: asyncio.Task[None]) -> None:
@@ -145,7 +146,8 @@ class BatchRunner:
             if left_s <= 0:
                 return "expired"
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped[batch.id].wait(), min(self._poll_s, left_s))
+                async with asyncio.timeout(min(self._poll_s, left_s)):
+                    await self._stopped[batch.id].wait()
             self._stopped[batch.id].clear()
 
     async def _answer_all(self, batch: Batch) -> None:

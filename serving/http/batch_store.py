@@ -228,14 +228,14 @@ class BatchStore:
 
         Args:
           outcome: "completed", "expired" or "cancelled"; if one was decided on before, by a server that died while it
-            wrote, that one counts.
+            wrote, that one counts. A batch that is being cancelled is: its last answers may not have been taken.
         """
         now = int(self.files.clock())
         with self._database.transaction() as database:
             # The names are decided before anything is written: who has to write again replaces what is there.
             database.execute(
-                "UPDATE batches SET outcome = ?, output_file_id = ?, error_file_id = ? "
-                "WHERE id = ? AND owner = ? AND outcome IS NULL",
+                "UPDATE batches SET outcome = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE ? END, "
+                "output_file_id = ?, error_file_id = ? WHERE id = ? AND owner = ? AND outcome IS NULL",
                 (outcome, new_id("file-"), new_id("file-"), batch_id, self._instance))
             database.execute("UPDATE batches SET status = 'finalizing', finalizing_at = ? "
                              "WHERE id = ? AND owner = ? AND status = 'in_progress'", (now, batch_id, self._instance))

@@ -40,8 +40,9 @@ class BatchRequest(Body):
     input_file_id: str = Field(description="A file of purpose 'batch': a JSON object a line, with custom_id, method "
                                "('POST'), url (the endpoint) and body (the request).")
     endpoint: Endpoint
-    completion_window: str = Field(pattern=r"^[0-9]{1,5}[mhd]$", examples=["24h"], description="After this the lines "
-                                   "that have no answer yet get none: minutes, hours or days, from 1m to 14d.")
+    completion_window: str = Field(examples=["24h"], json_schema_extra={"pattern": r"^[0-9]{1,5}[mhd]$"},
+                                   description="After this the lines that have no answer yet get none: minutes, hours "
+                                   "or days, from 1m to 14d.")
     metadata: Metadata | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
@@ -50,13 +51,13 @@ class BatchRequest(Body):
         """The completion window in seconds.
 
         Raises:
-          Rejected: it is too short or too long.
+          Rejected: it is none, too short or too long.
         """
-        number, unit = re.fullmatch(r"(\d+)([mhd])", self.completion_window).groups()  # type: ignore[union-attr]
-        seconds = int(number) * WINDOW_SECONDS[unit]
+        found = re.fullmatch(r"([0-9]{1,5})([mhd])", self.completion_window)
+        seconds = int(found[1]) * WINDOW_SECONDS[found[2]] if found else 0
         if not MIN_WINDOW_S <= seconds <= MAX_WINDOW_S:
-            raise invalid(f"completion_window must lie between 1m and 14d, not {self.completion_window!r}",
-                          "completion_window")
+            raise invalid("completion_window must be a number of minutes, hours or days from '1m' to '14d', such as "
+                          f"'24h', not {self.completion_window[:80]!r}", "completion_window")
         return seconds
 
 

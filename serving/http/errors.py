@@ -152,9 +152,10 @@ def _validation(found: Sequence[Mapping[str, Any]], body: Any) -> Rejected:
 
 
 def _wanted(message: str) -> str:
-    for begins, instead in (("Input should ", "must "), ("Value error, ", ""), ("Assertion failed, ", "")):
+    for begins, instead in (("Input should ", "must "), ("Value error, ", ""), ("Assertion failed, ", ""),
+                            ("String should ", "must "), ("List should ", "must "), ("Dictionary should ", "must ")):
         if message.startswith(begins):
-            return instead + message[len(begins):]
+            return instead + message[len(begins):].replace(" after validation", "")
     return message if message.startswith(("is ", "must ")) else f"is wrong: {message}"
 
 

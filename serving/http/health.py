@@ -25,11 +25,13 @@ def router(calls: Calls, info: ModelInfo) -> APIRouter:
     routes = APIRouter(tags=["operations"])
     guarded = make_router(calls, "metrics", tags=["operations"])
 
+    @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz", response_model=Health)
     async def healthz() -> Response:
         """200 as long as the process answers, also while it drains: who asks here would restart it otherwise."""
         return json_response({"status": "ok"})
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz", response_model=Health, responses={503: {"model": Health, "description": "Not now."}})
     async def readyz() -> Response:
         """200 while requests are taken, 503 while draining or without an engine: a balancer sends none then."""

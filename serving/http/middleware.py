@@ -70,7 +70,8 @@ def _hurried(receive: Receive) -> Receive:
         if complete:
             return await receive()
         try:
-            message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+            async with asyncio.timeout(BODY_TIMEOUT_S):  # `wait_for` of Python 3.11 may lose a cancellation
+                message = await receive()
         except TimeoutError:
             raise HTTPException(408, f"no more of the request's body came for {BODY_TIMEOUT_S:g} s") from None
         complete = message["type"] != "http.request" or not message.get("more_body", False)

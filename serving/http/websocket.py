@@ -103,6 +103,7 @@ class _Connection:
             while True:
                 try:
                     self._obey(_read(await self._websocket.receive()), who)
+                    await asyncio.sleep(0)  # what was started begins, so that whoever cancels it is told
                 except Rejected as error:
                     await self._tell_error(None, error)
         except WebSocketDisconnect:

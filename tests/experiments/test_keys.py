@@ -68,7 +68,8 @@ def test_quotas_of_tenants(run, tmp_path):
     (["revoke", "--id=key-x"], "there are key-0"),
     (["quota", "--tenant=a", "--tokens_per_day=-1"], "tokens_per_day"),
     (["create", "--name=b", "--certificate=worker-1"], "same key or certificate"),
-    (["make"], "say what to do first: create, list, revoke, quota"),
+    (["make"], "no command 'make'; say what to do first: create, list, revoke, quota"),
+    (["create"], "create.name must be given: add --name=…"),
 ])
 def test_what_is_wrong_is_said_and_changes_nothing(run, tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(keys, "new_id", lambda: "key-0")
@@ -82,7 +83,8 @@ def test_what_is_wrong_is_said_and_changes_nothing(run, tmp_path, monkeypatch, a
 
 def test_help_names_the_commands(capsys):
     assert script.main(["--help"]) == 0
-    assert "create|list|revoke|quota" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "create|list|revoke|quota" in said and "revoke    Ends a key." in said
     assert script.main(["create", "--help"]) == 0
     said = capsys.readouterr().out
     assert " create --keys_file=KEYS_FILE --name=NAME" in said and "tokens_per_day" in said

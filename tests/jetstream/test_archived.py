@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from benchmarks.fleet import free_ports, make_run
@@ -116,6 +117,9 @@ def test_our_engine_under_its_server(run_dir, known):
     (port,) = free_ports(1)
     with running("-m", "serving.jetstream_adapter", f"--run_dir={run_dir}", f"--port={port}", "--max_rows=2",
                  env=environment()):
+        (listens,) = [one.laddr.ip for one in psutil.net_connections("tcp")
+                      if one.status == psutil.CONN_LISTEN and one.laddr.port == port]
+        assert listens.removeprefix("::ffff:") == "127.0.0.1"  # it asks for no key
         for _ in range(2):
             found = ask(f"127.0.0.1:{port}", PROMPTS)
             assert [answer["token_ids"] for answer in found["answers"]] == known

@@ -172,8 +172,10 @@ def test_tls_and_a_certificate_instead_of_a_key(tmp_path, capfd):
         assert client.main([*command, f"--tls_ca={tmp_path}/ca.pem", f"--tls_cert={tmp_path}/client.pem",
                             f"--tls_key={tmp_path}/client.key"]) == 0
         assert capfd.readouterr().out == "ab\n" and running.service.terms == [("甲", None)]
-        with pytest.raises(UserError, match="no server at"):  # nobody whom this system trusts
+        with pytest.raises(UserError, match="no server at .* with TLS .* an authority that this system trusts"):
             client.Client(running.address, tls=True, connect_timeout_s=0.5)
+        with pytest.raises(UserError, match="no server at .* without TLS"):
+            client.Client(running.address, connect_timeout_s=0.5)
     assert client.main([*command, "--tls_ca=/nowhere"]) == 2
     assert "cannot read /nowhere" in capfd.readouterr().err
 

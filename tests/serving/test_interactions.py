@@ -95,6 +95,17 @@ def test_a_line_tells_what_was_asked_and_answered_with_personal_data_masked(serv
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
+def test_nothing_personal_and_no_key_is_in_what_was_asked_for_either(server, path):
+    key = "sk-lljx-Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6"
+    with Client(server.address) as client:
+        list(client.generate(f"key {key} ", max_tokens=2, stop=["tom@example.com"],
+                             constraint=Constraint("regex", "(电话13812345678|x).*")))
+    line, = _wait_for(path, 1)
+    assert line["prompt"] == "key [key] "
+    assert line["sampling"]["stop"] == ["[email]"]
+    assert line["sampling"]["constraint"] == {"kind": "regex", "text": "(电话[phone]|x).*"}
+
+
 def test_what_was_cut_short_is_told_as_far_as_it_came(server, path):
     with Client(server.address) as client:
         stream = client.generate("ab", max_tokens=9000)

@@ -41,6 +41,12 @@ def test_json_lines():
                     "request_id": "req-1"}
 
 
+@pytest.mark.parametrize("log_format", logs.FORMATS)
+def test_an_id_that_is_a_key_is_not_written_either(log_format):
+    found = written(log_format, lambda log: log.info("ready", extra={"request_id": f"req-1/{KEY}"}))
+    assert KEY not in found and "req-1/[key]" in found
+
+
 def test_a_line_about_no_request_has_no_id():
     assert "request_id" not in json.loads(written("json", lambda log: log.info("ready")))
     assert "[" not in written("text", lambda log: log.info("ready"))
@@ -72,7 +78,8 @@ def test_ordinary_words_stay():
     assert logs.without_keys(text) == text
 
 
-def test_uvicorn_logs_with_the_rest():
+def test_uvicorn_logs_with_the_rest(caplog):
+    caplog.set_level(logging.INFO, "uvicorn.error")  # which a server of another test may have changed
     logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
     found = written("json", lambda log: logging.getLogger("uvicorn.error").info("started"))
     assert json.loads(found)["logger"] == "uvicorn.error"

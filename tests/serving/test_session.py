@@ -133,6 +133,16 @@ def test_messages_that_cannot_be_understood_cost_nobody_anything(wire):
     assert "".join(r.response.text for r in mine) == "从前"
 
 
+def test_what_a_client_calls_its_request_begins_no_line_of_the_log_and_puts_no_key_there(server, wire):
+    key = "sk-lljx-Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6"
+    server.service.faults["坏"] = RuntimeError("the disk of the engine")
+    told = []
+    for name in ("a\nb", key, "你"):
+        wire.send(_start(name, "坏"))
+        told.append(next(wire).failure.message)
+    assert ["/'a\\nb')" in told[0], "/[key])" in told[1], "/你)" in told[2]] == [True] * 3
+
+
 def test_a_client_that_sends_no_more_is_answered_to_the_end(server, wire):
     for name in ("1", "2"):
         wire.send(_start(name, "ab", 50))

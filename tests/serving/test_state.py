@@ -1,4 +1,4 @@
-"""A transaction happens whole or not at all, whatever ends it."""
+"""A transaction happens whole or not at all, whatever ends it; where the folder lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from serving.state import Database
+from serving.state import Database, State
 
 SCHEMA = ("CREATE TABLE parent (id INTEGER PRIMARY KEY)",
           "CREATE TABLE child (parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)")
@@ -38,3 +38,11 @@ def test_what_fails_leaves_nothing(database, fault, error):
     with database.transaction() as connection:  # and the next one can begin
         connection.execute("INSERT INTO parent VALUES (2)")
     assert [row["id"] for row in database.rows("SELECT id FROM parent")] == [2]
+
+
+def test_the_folder_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    """Where quotas and audit lines of the same --state_dir lie."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = State("~/state")
+    assert state.path == tmp_path / "state" and (tmp_path / "state" / "instances").is_dir()
+    state.close()

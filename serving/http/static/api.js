@@ -10,7 +10,8 @@ export class Refused extends Error {
 
 async function ask(path, key, body, signal) {
   const headers = { "content-type": "application/json" };
-  if (key) headers.authorization = `Bearer ${key}`;
+  // What a header can't hold is in no key: let the server say so, not fetch.
+  if (key) headers.authorization = `Bearer ${key.trim().replace(/[^\x20-\x7e]/g, "?")}`;
   let response;
   try {
     response = await fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers });

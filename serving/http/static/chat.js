@@ -142,7 +142,7 @@ async function reply() {
   const { article, body } = addMessage("assistant", "");
   article.classList.add("running");
   const began = performance.now();
-  const found = { text: "", reason: null, tokens: null, first: null, last: began };
+  const found = { text: "", pieces: 0, reason: null, tokens: null, first: null, last: began };
   let drawn = true;
   const draw = () => {
     drawn = true;
@@ -162,6 +162,7 @@ async function reply() {
         found.last = performance.now();
         found.first ??= found.last;
         found.text += news.text;
+        found.pieces += 1;
         if (drawn) requestAnimationFrame(draw); // one drawing a frame, however fast the tokens come
         drawn = false;
       }
@@ -188,13 +189,16 @@ async function reply() {
 }
 
 async function showNumbers(article, found, began) {
+  const follows = atEnd();
   const line = make("footer", "numbers");
   article.append(line);
   // An answer that was stopped comes without a count.
   found.tokens ??= found.text ? await api.countTokens(found.text, $("key").value).catch(() => null) : 0;
   if (found.tokens && found.first !== null) {
-    const seconds = (found.last - (found.tokens > 1 ? found.first : began)) / 1000;
-    const rate = Math.max(found.tokens - 1, 1) / Math.max(seconds, 0.001);
+    // Of what came in one piece (the server had the answer already) there is no pace between the first and the last.
+    const streamed = found.pieces > 1;
+    const seconds = (found.last - (streamed ? found.first : began)) / 1000;
+    const rate = Math.max(found.tokens - (streamed ? 1 : 0), 1) / Math.max(seconds, 0.001);
     const first = Math.round(found.first - began);
     line.append(make("span", "", word("numbers")(found.tokens, rate.toFixed(rate < 100 ? 1 : 0), first)));
   }
@@ -205,7 +209,7 @@ async function showNumbers(article, found, began) {
     copy.textContent = word("copied");
   });
   if (found.text && navigator.clipboard) line.append(copy);
-  if (atEnd()) toEnd();
+  if (follows) toEnd();
 }
 
 function send() {

@@ -211,6 +211,11 @@ def test_files_that_are_wrong_are_told_at_the_start(authority, files, tmp_path):
             tls_of(files, **changed)
 
 
+def test_files_may_lie_in_the_home_folder(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(pathlib.Path(files.cert).parent))
+    assert tls_of(files, tls_cert="~/cert.pem", tls_key="~/key.pem", client_ca="~/ca.pem").client_authorities
+
+
 def test_the_private_key_is_in_no_repr(files):
     assert "PRIVATE" not in repr(tls_of(files))
 

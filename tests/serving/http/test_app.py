@@ -74,7 +74,8 @@ def test_the_log_has_a_line_for_each_request_with_its_id_and_no_key(http, caplog
 
 @pytest.mark.parametrize(("path", "status", "code", "named"), [
     ("GET /v1/nothing", 404, "not_found", "/v1/nothing"), ("PUT /v1/models", 405, "method_not_allowed", "GET"),
-    ("GET /v1/completions", 405, "method_not_allowed", "POST"), ("GET /docs", 404, "not_found", "/docs")])
+    ("GET /v1/completions", 405, "method_not_allowed", "POST"), ("GET /docs", 404, "not_found", "/docs"),
+    ("POST /v1/completions/", 404, "not_found", "/v1/completions/")])
 def test_paths_and_methods_that_are_not_there(http, path, status, code, named):
     answer = http.request(*path.split())
     error = error_of(answer)
@@ -230,6 +231,8 @@ def test_draining(app, http):
     app.calls.refuse_new()
     answers = http.get("/healthz"), http.get("/readyz"), complete(http), complete(http, stream=True)
     assert [answer.status_code for answer in answers] == [200, 503, 503, 503]
+    heads = http.head("/healthz"), http.head("/readyz")
+    assert [(head.status_code, head.content) for head in heads] == [(200, b""), (503, b"")]
     assert answers[2].headers["retry-after"] and error_of(answers[2])["code"] == "unavailable"
     stream.join()
     assert "".join(e["choices"][0]["text"] for e in events(found["text"])[:-1]) == "ab" * 50

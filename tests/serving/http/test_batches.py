@@ -175,6 +175,7 @@ def test_a_fault_of_the_server_is_tried_a_few_times(client, app):
     ('{"custom_id": "\\ud800", "method": "POST", "url": "/v1/completions", "body": {}}', "invalid_value", "custom_id"),
     ({"custom_id": "乙", "method": "POST", "url": "/v1/completions"}, "missing_required_parameter", "body"),
     (line("乙", {"stream": True}), "invalid_value", "body.stream"),
+    (line("乙", {"background": True}), "invalid_value", "body.background"),
     (line("乙", {"model": "other"}), "mismatched_model", "body.model"),
 ])
 def test_a_wrong_line_is_found(tmp_path, wrong, code, param):
@@ -215,7 +216,8 @@ def shared_http(tmp_path_factory):
 
 @pytest.mark.parametrize("fields, param", [
     (dict(endpoint="/v1/audio"), "endpoint"), (dict(completion_window="1s"), "completion_window"),
-    (dict(completion_window="99d"), "completion_window"), (dict(input_file_id="file-x"), "input_file_id"),
+    (dict(completion_window="99d"), "completion_window"), (dict(completion_window="3 days"), "completion_window"),
+    (dict(input_file_id="file-x"), "input_file_id"),
     (dict(metadata={"a": 1}), "metadata.a"), (dict(metadata={str(i): "" for i in range(17)}), "metadata"),
     (dict(output_expires_after={"anchor": "created_at", "seconds": 1}), "output_expires_after.seconds"),
     (dict(colour="红"), "colour"),
@@ -339,6 +341,21 @@ def test_an_answer_is_stored_once(store):
     store.finish(batch.id, "cancelled")
     with open(store.files.path(store.get("", batch.id).output_file_id)) as file:
         assert file.read() == '{"a": 1}\n'
+
+
+def test_a_cancellation_that_the_last_lines_were_faster_than(store):
+    """They are answered, but not taken any more: their runner thinks that the batch is complete, and it is not."""
+    batch, checked = _one_batch(store, 2)
+    store.claim(9)
+    store.begin(batch, checked)
+    assert store.record(batch.id, 1, '{"a": 1}', False)
+    store.cancel("", batch.id)
+    assert not store.record(batch.id, 2, '{"a": 2}', False)
+    store.finish(batch.id, "completed")
+    batch = store.get("", batch.id)
+    assert batch.status == "cancelled" and batch.cancelled_at and not batch.completed_at
+    assert store.files.path(batch.output_file_id).read_text() == '{"a": 1}\n'
+    assert "batch_cancelled" in store.files.path(batch.error_file_id).read_text()
 
 
 def test_files_that_were_half_written_are_written_again(store, monkeypatch):

@@ -259,6 +259,7 @@ REFUSED = [
     ({"deadline_seconds": 0}, "deadline_seconds", "0"), ({"priority": 2**31}, "priority", str(2**31 - 1)),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex", "guided_json"),
     ({"guided_regex": ""}, "guided_regex", "1"),
+    ({"stop": ["a"] * 17}, "stop", "must have at most 16 items, not 17"),
     ({"stream_options": {}}, "stream_options", "stream"), ({"model": "other"}, "model", MODEL),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown"), ({"foo": 1}, "foo", "unknown"),
     ({"functions": []}, "functions", "unknown")]

@@ -239,7 +239,8 @@ def test_cancel(http, client, service):
     assert answer.status_code == 400 and "background" in answer.json()["error"]["message"]
 
 
-def test_a_fault_on_the_way_is_the_last_event_and_is_kept(http, client, service):
+def test_a_fault_on_the_way_is_the_last_event_and_is_kept(http, client, service, monkeypatch):
+    monkeypatch.setattr(service, "_step_s", 0.3)  # between the text and the fault: merged, they would be one refusal
     prompt = "<|im_start|>user\nbreak<|im_end|>\n<|im_start|>assistant\n"
     key = "".join(chr(i - 3) for i in service.tokenizer.encode(prompt, special=True))
     service.faults[key] = [[Delta("好", (70,), (-1.0,)), Delta(finish_reason="error", error="it broke")]]

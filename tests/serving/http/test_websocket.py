@@ -204,11 +204,13 @@ def test_a_client_that_vanishes_frees_its_requests_too(app):
     assert wait_until(lambda: app.service.stats()["running"] == 0)
 
 
-async def _slowly_read(app, asked: dict, wait_s: float) -> list[dict]:
-    """What a client gets that takes nothing for `wait_s` after its first message: no socket's buffers in between."""
+async def _told(app, *sent: dict, wait_s: float = 0.0) -> list[dict]:
+    """What comes of messages that arrive together, up to the first end, for a client that takes nothing for `wait_s`
+    after its first message: no socket's buffers in between."""
     inbox: asyncio.Queue = asyncio.Queue()
     await inbox.put({"type": "websocket.connect"})
-    await inbox.put({"type": "websocket.receive", "text": json.dumps({"type": "start", "id": "a"} | asked)})
+    for message in sent:
+        await inbox.put({"type": "websocket.receive", "text": json.dumps(message)})
     found: list[dict] = []
 
     async def send(message) -> None:
@@ -220,14 +222,24 @@ async def _slowly_read(app, asked: dict, wait_s: float) -> list[dict]:
         if found[-1]["type"] != "delta":
             await inbox.put({"type": "websocket.disconnect", "code": 1000})
 
-    await app.app({"type": "websocket", "path": "/v1/stream", "headers": [], "query_string": b"", "subprotocols": [],
-                   "client": None, "scheme": "ws", "root_path": "", "raw_path": b"/v1/stream"}, inbox.get, send)
+    await asyncio.wait_for(app.app({
+        "type": "websocket", "path": "/v1/stream", "headers": [], "query_string": b"", "subprotocols": [],
+        "client": None, "scheme": "ws", "root_path": "", "raw_path": b"/v1/stream"}, inbox.get, send), 10)
     return found
+
+
+def test_a_request_that_is_cancelled_at_once_ends_like_any_other(app):
+    """Both messages are there before the request has begun; its end is told all the same, and its id is free again."""
+    found = app.run(_told(app, {"type": "start", "id": "a", "prompt": "长", "max_tokens": 9000},
+                          {"type": "cancel", "id": "a"}))
+    assert [one["type"] for one in found] == ["done"]
+    assert found[0]["choices"] == [{"index": 0, "finish_reason": "cancelled"}]
+    assert wait_until(lambda: app.service.stats()["running"] == 0 and app.calls.running == 0)
 
 
 def test_a_slow_reader_gets_larger_messages_and_delays_nobody(app):
     # Five hundred tokens are drawn in well under the second that the reader sleeps through.
-    found = app.run(_slowly_read(app, {"prompt": "慢", "max_tokens": 500}, 1.5))
+    found = app.run(_told(app, {"type": "start", "id": "a", "prompt": "慢", "max_tokens": 500}, wait_s=1.5))
     assert text(found) == "慢" * 500 and found[-1]["type"] == "done"
     assert len(found) < 30 and max(len(one.get("text", "")) for one in found) > 400
     assert app.service.stats()["running"] == 0
