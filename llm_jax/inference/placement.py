@@ -99,6 +99,8 @@ class Placement:
 def _pinned(leaf: Any) -> jax.Array:
     """The same array, committed to the device that it is on: what a step returns is, if one of its arguments is, and a
     program is compiled again for arguments of which others are."""
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return leaf
     return jax.device_put(leaf, next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.local_devices()[0])
 
 

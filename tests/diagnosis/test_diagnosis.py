@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import jax
 import pytest
 
 from experiments import compare_runs, inspect_run
@@ -86,6 +87,7 @@ def test_a_loader_that_is_slower_than_the_step(runs):
 
 
 def test_programs_that_are_compiled_again_and_again(runs):
+    jax.clear_caches()  # what other tests have compiled takes seconds to free, in which the run would do nothing
     record = runs("slow_compile")[1]
     assert "slow_compile" in kinds(record)
     assert "after the run was under way" in finding(record, "slow_compile").evidence[1]
