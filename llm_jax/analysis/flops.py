@@ -10,7 +10,8 @@ from llm_jax.models import Execution, ModelConfig
 # (products of the size of the scores forward, backward) of ways to compute attention. Those that don't keep the scores
 # make them again; splash attention and the kernels for Triton make them, and the gradient by them, in each of their two
 # backward kernels.
-_PRODUCTS = {"dense": (2, 4), "chunked": (2, 5), "cudnn": (2, 5), "triton": (2, 7), "splash": (2, 7)}
+_PRODUCTS = {"dense": (2, 4), "chunked": (2, 5), "strips": (2, 5), "cudnn": (2, 5), "triton": (2, 7),
+             "splash": (2, 7)}
 _BLOCK = 512  # about the size of the blocks in which kernels pass by what the mask rules out
 
 

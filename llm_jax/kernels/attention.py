@@ -21,10 +21,11 @@ from llm_jax.kernels.paged import PagedContext
 
 Array = jax.Array
 
-BACKENDS = ("auto", "dense", "chunked", "splash", "cudnn", "triton")
-# Kernels of a platform, the fastest first.
-_KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
-# "auto" takes blocks for rows of so many tokens, where no kernel does (benchmarks/attention_train.py on a CPU).
+BACKENDS = ("auto", "dense", "chunked", "strips", "splash", "cudnn", "triton")
+# What is for one platform, the fastest first.
+_KERNELS = {"cpu": ("strips",), "tpu": ("splash",), "gpu": ("cudnn", "triton")}
+# "auto" takes blocks, or strips, for rows of so many tokens, where no kernel does (benchmarks/attention_train.py on a
+# CPU).
 CHUNKED_FROM = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 
 
@@ -125,9 +126,10 @@ def choose(call: Call, wanted: str = "auto") -> str:
     Args:
       call: what is asked for.
       wanted: "dense" makes all scores at once, in plain JAX. "chunked" makes them in blocks, in plain JAX, with memory
-        that grows with the length of a row. "splash" is a kernel for TPUs, "cudnn" (rows of one document) and "triton"
-        are for NVIDIA GPUs. "auto" is the first kernel of the platform that can do it; without one, "dense" where
-        there is a bias or rows are short, else "chunked".
+        that grows with the length of a row; "strips" is its faster form for short rows on CPUs. "splash" is a kernel
+        for TPUs, "cudnn" (rows of one document) and "triton" are for NVIDIA GPUs. "auto" is the first of the platform's
+        own that can do it, but for the shortest rows on a CPU; without one, "dense" where there is a bias or rows are
+        short, else "chunked".
     Returns:
       One of `BACKENDS` but "auto".
     Raises:
@@ -142,10 +144,11 @@ def choose(call: Call, wanted: str = "auto") -> str:
                             f"takes what can")
         return wanted
     here = attention_call.platform()
-    for backend in _KERNELS.get(here, ()):
+    is_short = max(call.queries, call.keys) < CHUNKED_FROM.get(here, 1024)
+    for backend in () if is_short and here == "cpu" else _KERNELS.get(here, ()):
         if _unsupported(backend, call) is None:
             return backend
-    return "dense" if call.bias or max(call.queries, call.keys) < CHUNKED_FROM.get(here, 1024) else "chunked"
+    return "dense" if call.bias or is_short else "chunked"
 
 
 def _unsupported(backend: str, call: Call) -> str | None:
@@ -168,6 +171,10 @@ def _module(backend: str) -> ModuleType:
         from llm_jax.kernels import splash_attention
 
         return splash_attention
+    if backend == "strips":
+        from llm_jax.kernels import strip_attention
+
+        return strip_attention
     if backend == "cudnn":
         from llm_jax.kernels import cudnn_attention
 

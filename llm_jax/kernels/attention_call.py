@@ -49,6 +49,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def is_lone_cpu() -> bool:
+    """Whether what is being traced will run on one CPU device, so that nothing is divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def device_kind() -> str:
     """The name of the devices of `platform`."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

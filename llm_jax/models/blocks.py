@@ -10,7 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.errors import UserError
-from llm_jax.kernels.attention_call import platform
+from llm_jax.kernels.attention_call import is_lone_cpu
 from llm_jax.models.activations import constrained, devices_along
 from llm_jax.models.attention import Attention
 from llm_jax.models.config import Execution, ModelConfig
@@ -116,9 +116,7 @@ def written_out(execution: Execution, repeats: int) -> int:
     fills, writes and slices stacks of activations, a tenth of a step (docs/performance.md). Not with remat, whose
     recomputation XLA would find out to be the same as what it has outside of a loop.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    is_alone = platform() == "cpu" and (mesh.empty or mesh.size == 1)
-    return repeats if is_alone and execution.remat == "none" and repeats <= _MOST_WRITTEN_OUT else 1
+    return repeats if is_lone_cpu() and execution.remat == "none" and repeats <= _MOST_WRITTEN_OUT else 1
 
 
 def scanned(block: type[nn.Module], config: ModelConfig, execution: Execution, pattern: tuple[LayerKind, ...],

@@ -10,7 +10,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.facts import Experts, Head, LatentAttention, RopeScaling, check, check_count, check_number
 
 REMAT_POLICIES = ("none", "full", "stage", "dots", "save_attention")
-ATTENTION = ("auto", "dense", "chunked", "splash", "cudnn", "triton")  # `kernels.attention.BACKENDS`
+ATTENTION = ("auto", "dense", "chunked", "strips", "splash", "cudnn", "triton")  # `kernels.attention.BACKENDS`
 SEQUENCE_ATTENTION = ("ring", "gather")  # `parallel.sequence`
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "glm4", "mixtral", "qwen3_moe",
             "deepseek_v3", "bert", "t5")

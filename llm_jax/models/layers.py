@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels.attention_call import platform
+from llm_jax.kernels.attention_call import is_lone_cpu, platform
 from llm_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -42,8 +43,12 @@ def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
     """
     if not hasattr(w, "astype"):
         return w.linear(x, contract, out_dtype)
-    product = _with_own_gradients if platform() == "cpu" else _product
-    return product(contract, jnp.dtype(out_dtype or x.dtype), x, w.astype(x.dtype))
+    dtype, w = jnp.dtype(out_dtype or x.dtype), w.astype(x.dtype)
+    if is_lone_cpu():  # as matrices; where a batch and a length are both divided, that would move data
+        leading, trailing, inner = x.shape[:x.ndim - contract], w.shape[contract:], math.prod(w.shape[:contract])
+        out = _with_own_gradients(1, dtype, x.reshape(-1, inner), w.reshape(inner, -1))
+        return out.reshape(*leading, *trailing)
+    return (_with_own_gradients if platform() == "cpu" else _product)(contract, dtype, x, w)
 
 
 def _product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:

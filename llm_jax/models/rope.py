@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.kernels.attention_call import is_lone_cpu
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.facts import RopeScaling
 
@@ -100,10 +103,20 @@ def rotations(config: ModelConfig, positions_BT: Array, rope_context: int | None
         if kind == "local" and config.local_rope_theta is not None:
             theta, scaling = config.local_rope_theta, None
         frequency_k, factor = frequencies(config.rotary_width, theta, scaling, config.max_context, length)
-        angle_BT1k = positions_BT.astype(jnp.float32)[..., None, None] * frequency_k
-        made[kind] = (jnp.cos(angle_BT1k) * factor, jnp.sin(angle_BT1k) * factor)
+        made[kind] = _each_row(functools.partial(_tables, frequency_k, factor), positions_BT)
     # Constants of a step: without this, the backward pass of a scan would carry their gradients along (4 % of it).
     return jax.lax.stop_gradient(made)
+
+
+def _tables(frequency_k: Any, factor: float, positions_T: Array) -> tuple[Array, Array]:
+    angle_T1k = positions_T.astype(jnp.float32)[..., None, None] * frequency_k
+    return jnp.cos(angle_T1k) * factor, jnp.sin(angle_T1k) * factor
+
+
+def _each_row(make: Callable[[Array], Any], positions_BT: Array) -> Any:
+    """`make` of all rows. On a lone CPU in a loop: what a loop made is read, where XLA would compute it again in each
+    operation of each layer that it fuses it into (5 % of a step, docs/performance.md)."""
+    return jax.lax.map(make, positions_BT) if is_lone_cpu() else make(positions_BT)
 
 
 def rotate(x_BTHK: Array, rotation: tuple[Array, Array], interleaved: bool = False) -> Array:

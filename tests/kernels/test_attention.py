@@ -15,8 +15,8 @@ from llm_jax.kernels.attention import BACKENDS, DenseContext, attention, choose
 from llm_jax.kernels.attention_call import Call
 from llm_jax.models.config import ATTENTION, Execution
 from llm_jax.models.contexts import dense_context
-from tests.kernels import reference
-from tests.kernels.attention_cases import Case, assert_close, through
+from tests.kernels import attention_cases, reference
+from tests.kernels.attention_cases import Case, assert_close, expected, through
 
 G, K = 2, 8
 SCALE = 0.5  # not K^-0.5: what is asked for must be what is used
@@ -99,14 +99,30 @@ class TestBackends:
     def test_dense_and_its_gradients(self, case):
         assert_close(through(case, "dense"), case.expected(), 2e-6)
 
-    def test_short_rows_are_dense_and_long_ones_in_blocks(self):
+    @pytest.mark.parametrize("case", [
+        Case(T=150, S=150, segments="packed", window=9, soft_cap=2.0, V=5), Case(T=70, S=70, G=4),
+        Case(T=200, S=200, G=1, window=80), Case(T=11, S=11, segments="packed", H=2, G=1)])
+    def test_strips_and_their_gradients(self, case):
+        assert_close(through(case, "strips"), case.expected(), 2e-6)
+
+    def test_strips_stay_bfloat16(self):
+        case = Case(T=70, S=70, segments="packed", soft_cap=2.0)
+        got = through(case, "strips", dtype=jnp.bfloat16)
+        assert {x.dtype for x in got} == {jnp.dtype("bfloat16")}
+        inputs = case.inputs(dtype=jnp.bfloat16)
+        assert_close(got, expected(*inputs, case.allowed(), attention_cases.SCALE, case.soft_cap), 2e-2)
+
+    def test_short_rows_are_dense_long_ones_in_blocks_and_those_between_in_strips(self):
         assert choose(Call(127, 127, 4, 2, 8, 8, "float32")) == "dense"
         assert choose(Call(20, 128, 4, 2, 8, 8, "float32", causal=False, other_keys=True)) == "chunked"
         assert choose(Call(4096, 4096, 4, 2, 8, 8, "float32", bias=True)) == "dense"
-        case = Case(T=150, S=150, H=2, segments="packed")
-        texts = {backend: str(jax.make_jaxpr(lambda *x, backend=backend: through(case, backend))())
-                 for backend in ("auto", "dense", "chunked")}
-        assert texts["auto"] == texts["chunked"] != texts["dense"]
+        for T, taken in ((150, "strips"), (513, "chunked"), (127, "dense")):
+            case = Case(T=T, S=T, H=2, segments="packed")
+            texts = {backend: str(jax.make_jaxpr(lambda *x, case=case, backend=backend: through(case, backend))())
+                     for backend in ("auto", "dense", "chunked")}
+            assert [other for other in ("dense", "chunked") if texts[other] == texts["auto"]] == [
+                other for other in ("dense", "chunked") if other == taken]
+            assert choose(Call(T, T, 4, 2, 8, 8, "float32", segments=True)) == taken
 
     def test_a_choice_that_can_not_be_kept_is_an_error_that_says_why(self):
         call = Call(64, 64, 4, 2, 8, 8, "float32")
@@ -116,6 +132,10 @@ class TestBackends:
                 choose(call, backend)
         with pytest.raises(UserError, match="'chunked' .* bias"):
             choose(Call(64, 64, 4, 2, 8, 8, "float32", bias=True), "chunked")
+        with pytest.raises(UserError, match="'strips' .* up to 512 tokens, not 513"):
+            choose(Call(513, 513, 4, 2, 8, 8, "float32"), "strips")
+        with pytest.raises(UserError, match="'strips' .* causal"):
+            choose(Call(64, 64, 4, 2, 8, 8, "float32", causal=False), "strips")
         with pytest.raises(UserError, match="'flash' is not one of"):
             choose(call, "flash")
         with pytest.raises(UserError, match="'flash' is not one of"):

@@ -24,11 +24,13 @@ def value_and_gradients(x, w, contract, out_dtype):
 def test_gradients_of_a_projection_are_those_of_autodiff(contract, dtype, out_dtype, monkeypatch):
     keys = jax.random.split(jax.random.key(1))
     x, w = (jax.random.normal(key, shape) for key, shape in zip(keys, SHAPES[contract], strict=True))
+    as_matrices = value_and_gradients(x.astype(dtype), w, contract, out_dtype)
+    monkeypatch.setattr(layers, "is_lone_cpu", lambda: False)
     own = value_and_gradients(x.astype(dtype), w, contract, out_dtype)
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
     wanted = value_and_gradients(x.astype(dtype), w, contract, out_dtype)
-    for a, b in zip(own, wanted, strict=True):
-        assert a.dtype == b.dtype
+    for a, b in zip(as_matrices + own, wanted + wanted, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-5)
 
 
@@ -38,7 +40,7 @@ def test_layers_are_written_out_only_for_one_device_few_layers_and_without_remat
     assert blocks.written_out(Execution(remat="full"), 6) == 1
     with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
         assert blocks.written_out(Execution(), 6) == 1
-    monkeypatch.setattr(blocks, "platform", lambda: "tpu")
+    monkeypatch.setattr(blocks, "is_lone_cpu", lambda: False)
     assert blocks.written_out(Execution(), 6) == 1
 
 

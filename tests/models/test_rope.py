@@ -6,12 +6,13 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.interop.families import config_from_hf
-from llm_jax.models import ModelConfig, RopeScaling
+from llm_jax.models import ModelConfig, RopeScaling, rope
 from llm_jax.models.rope import frequencies, rotate, rotations
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "rope.npz")
@@ -63,3 +64,15 @@ def test_a_server_fixes_what_switches_on_length():
     assert not np.allclose(*free)
     np.testing.assert_array_equal(*fixed)
     np.testing.assert_array_equal(fixed[0], free[1])
+
+
+def test_what_a_lone_cpu_makes_in_a_loop_is_what_others_make_at_once(monkeypatch):
+    config = ModelConfig(vocab_size=4, num_layers=2, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=4,
+                         max_context=64, attention_pattern=("local", "global"), sliding_window=4, local_rope_theta=50.0)
+    positions = jnp.asarray([[0, 1, 2, 3, 4], [7, 8, 0, 1, 63]])
+    looped = rotations(config, positions, None)
+    assert "scan" in str(jax.make_jaxpr(lambda: rotations(config, positions, None))())
+    monkeypatch.setattr(rope, "is_lone_cpu", lambda: False)
+    at_once = rotations(config, positions, None)
+    assert jax.tree.map(jnp.shape, looped) == jax.tree.map(jnp.shape, at_once)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), looped, at_once)
