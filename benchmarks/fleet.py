@@ -19,6 +19,9 @@ from serving.deploy import swap
 DEPLOY = pathlib.Path(serving.__file__).parent / "deploy"
 ROOT = DEPLOY.parents[1]
 READY_S = 120.0
+# Of conversations and tools, for a model whose training has seen neither: short, as its context is.
+TEMPLATE = ("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+            "{% if tools %}{{ tools | length }} <tool_call>{% endif %}assistant: ")
 Command = Callable[[int, int, int], Sequence[str]]  # instance number, gRPC port, HTTP port
 
 
@@ -190,13 +193,14 @@ def make_run(folder: pathlib.Path, seed: int) -> pathlib.Path:
         "folder.parent.mkdir(parents=True, exist_ok=True)\n"
         "tokenizer = train_tokenizer(['def main():\\n    return 你好\\n', 'import os, sys\\n'] * 20, 320)\n"
         "tokenizer.save(folder.parent)\n"
+        "(folder.parent / 'chat_template.jinja').write_text(sys.argv[3])\n"
         "config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=2, embed_dim=64, num_heads=4,\n"
         "                     num_kv_heads=2, head_dim=16, mlp_dim=128, max_context=512)\n"
         "directory = runs.create(folder, config, folder.parent / 'tokenizer.model', '', {})\n"
         "with Checkpoints(directory / runs.CHECKPOINTS) as checkpoints:\n"
         "    params = jax.jit(lambda key: init_params(Decoder(config), key))(jax.random.key(seed))\n"
         "    checkpoints.save(0, {'params': params, 'step': jnp.zeros((), jnp.int32)}, 0, force=True)\n")
-    subprocess.run([sys.executable, "-c", code, str(folder), str(seed)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code, str(folder), str(seed), TEMPLATE], cwd=ROOT, check=True)
     return folder
 
 

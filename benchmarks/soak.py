@@ -3,10 +3,12 @@
     python -m benchmarks.soak --minutes=20                       # a tiny model of random weights
     python -m benchmarks.soak --minutes=60 --run_dir=runs/quickstart --clients=24
 
-Of the requests 20 % are cancelled, 5 % malformed, 2 % oversized, 4 % read slowly, and 4 % drop their connection in the
-middle; the others come by HTTP, WebSocket and both services of gRPC, and each is compared with what the model said when
-it was asked alone. Pages, memory, threads and file descriptors of both processes are read every few seconds; what they
-come back to when the traffic has ended is held against what they were after the first minute of it.
+Of the requests 20 % are cancelled, 5 % malformed, 2 % oversized, 4 % read slowly, 2 % not read until every buffer on
+the way is full, and 5 % drop their connection in the middle; 1 % are batches. The others come by HTTP (texts, chats,
+calls of tools, responses, embeddings, files), WebSocket and both services of gRPC, sessions included. Each answer is
+compared with what the model said when it was asked alone, and each request has one line in the audit file. Pages,
+memory, threads and file descriptors of both processes are read every few seconds; what they come back to when the
+traffic has ended is held against what they were after the first minute of it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grpc
 import httpx
@@ -34,12 +37,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import report
 from benchmarks.fleet import ROOT, free_ports, make_run, serve_command
-from benchmarks.soak_traffic import STALL_S, Known, Traffic, Wrong
+from benchmarks.soak_traffic import Asker, Known, choose, learn
+from benchmarks.soak_traffic.asker import STALL_S, Doors, Wrong
+from benchmarks.soak_traffic.batches import BATCH_S
 
 PROMPTS = tuple(f"{kind} {i}" for kind in ("def main(", "从前有一座山", "import os", "你好，世界") for i in range(10))
 QUIET_S = 30.0  # at most, until the server has let go of what the last clients left
 MEMORY_MIB = 24.0  # growth of a process that is within what allocators and caches do
-FILES, THREADS = 4, 2  # likewise, of descriptors (connections that are about to close) and threads (pools that grow)
+LIMIT_S = {"batch": BATCH_S}  # for an answer; of other kinds STALL_S
+FILES, THREADS = 4, 4  # likewise, of descriptors (connections that are about to close) and threads (pools that grow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +90,16 @@ class Watch:
 
 @dataclasses.dataclass
 class Result:
-    """What came of the traffic."""
+    """What came of the traffic: times by kind, and how often each action was done, by its name."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    actions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     wrong: list[str] = dataclasses.field(default_factory=list)
 
 
 async def soak(http_port: int, grpc_port: int, pid: int, key: str, *, seconds: float, warm_s: float, clients: int,
-               prompts: tuple[str, ...], say: Callable[[str], None]) -> tuple[Result, Sample, Sample, Watch]:
+               prompts: tuple[str, ...], say: Callable[[str], None]) -> tuple[Result, Sample, Sample, Watch, Known]:
     """Runs the traffic.
 
     Args:
@@ -105,7 +112,8 @@ async def soak(http_port: int, grpc_port: int, pid: int, key: str, *, seconds: f
       say: receives a line every half minute.
 
     Returns:
-      what came of it; what the server held when it was quiet, before and afterwards; and all samples.
+      what came of it; what the server held when it was quiet, before and afterwards; all samples; and what must stand
+      in the audit file.
     """
     known, result = Known(), Result()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
@@ -113,26 +121,31 @@ async def soak(http_port: int, grpc_port: int, pid: int, key: str, *, seconds: f
                                   headers={"authorization": f"Bearer {key}"}) as client,
                 grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel):
         watch = Watch(pid, f"http://127.0.0.1:{http_port}", key)
-        traffic = [Traffic(http_port, grpc_port, key, known, client, channel, seed) for seed in range(clients)]
+        doors = Doors(http_port, grpc_port, key, client, channel)
+        traffic = [Asker(doors, known, seed) for seed in range(clients)]
+        model = (await client.get("/v1/models")).json()["data"][0]
+        known.talks = model["has_chat_template"]
         for prompt in prompts:
-            await traffic[0].learn(prompt)
-        if len(known.embeddings) < 2:
+            await learn(traffic[0], prompt)
+        if len(known.embeddings) < 2 or (known.talks and not (known.follow_ups and known.calls)):
             raise SystemExit("the model's likeliest tokens are too near to each other to check its answers")
-        say(f"{len(known.embeddings)} of {len(prompts)} prompts have one answer")
+        say(f"of {len(prompts)} prompts {len(known.embeddings)} have one answer as a text, "
+            f"{len(known.follow_ups)} in a conversation, {len(known.calls)} with a tool")
 
-        async def go_on(one: Traffic, until: float, into: Result) -> None:
+        async def go_on(one: Asker, until: float, into: Result) -> None:
             while time.monotonic() < until:
-                kind, action = one.choose()
+                kind, action = choose(one)
                 began = time.monotonic()
                 try:
-                    await asyncio.wait_for(action(), 2 * STALL_S)
+                    await asyncio.wait_for(action(one), 2 * LIMIT_S.get(kind, STALL_S))
                 except Wrong as error:
                     into.wrong.append(f"{action.__name__}: {error}")
+                    say(f"WRONG: {into.wrong[-1]}")
                 except Exception as error:  # noqa: BLE001 - whatever else a client sees is wrong, too
                     into.wrong.append(f"{action.__name__}: {error!r:.300}")
-                    if len(into.wrong) < 5:
-                        traceback.print_exc()
+                    say(f"WRONG: {into.wrong[-1]}\n{traceback.format_exc()}")
                 into.counts[kind] += 1
+                into.actions[action.__name__] += 1
                 into.seconds[kind].append(time.monotonic() - began)
 
         async def run(duration: float, into: Result) -> None:
@@ -153,7 +166,7 @@ async def soak(http_port: int, grpc_port: int, pid: int, key: str, *, seconds: f
         await run(seconds, result)
         after = await _quiet(watch, client)
         say(f"after {seconds:g} s, quiet: {after}")
-    return result, before, after, watch
+    return result, before, after, watch, known
 
 
 async def _quiet(watch: Watch, client: httpx.AsyncClient) -> Sample:
@@ -179,13 +192,13 @@ def judge(result: Result, before: Sample, after: Sample) -> list[str]:
             grown = getattr(after, name)[which] - getattr(before, name)[which]
             if grown > most:
                 found.append(f"the {process}'s {name} have grown by {grown:.1f}")
-    slowest = max((max(times) for times in result.seconds.values()), default=0.0)
-    if slowest > STALL_S:
-        found.append(f"a request took {slowest:.1f} s")
+    for kind, times in result.seconds.items():
+        if max(times) > LIMIT_S.get(kind, STALL_S):
+            found.append(f"a request ({kind}) took {max(times):.1f} s")
     return found
 
 
-def figures(result: Result, before: Sample, after: Sample, watch: Watch, seconds: float) -> dict:
+def figures(result: Result, before: Sample, after: Sample, watch: Watch, known: Known, seconds: float) -> dict:
     """The outcome as plain values."""
     late = [one for one in watch.samples if one.seconds > watch.samples[-1].seconds / 2]
     times = {kind: {"count": result.counts[kind], "p50_s": round(statistics.median(found), 3),
@@ -194,7 +207,10 @@ def figures(result: Result, before: Sample, after: Sample, watch: Watch, seconds
     growth = [round(statistics.linear_regression([one.seconds / 3600 for one in late],
                                                  [one.memory_mib[i] for one in late]).slope, 1)
               for i in range(len(after.memory_mib))] if len(late) > 2 else None
+    tokens, merged, most = known.merged
     return {"seconds": seconds, "requests": result.counts.total(), "wrong": result.wrong[:20], "kinds": times,
+            "actions": dict(sorted(result.actions.items())),
+            "to_stalled_readers": {"tokens": tokens, "merged": merged, "most_in_a_piece": most},
             "before": dataclasses.asdict(before), "after": dataclasses.asdict(after),
             "most_pages": max(one.pages for one in watch.samples),
             "mib_per_hour_in_the_second_half": growth}
@@ -226,14 +242,27 @@ def running_server(folder: pathlib.Path, run_dir: pathlib.Path) -> Iterator[tupl
             (folder / "status").write_text(str(process.wait(60)))
 
 
-def said(folder: pathlib.Path, key: str) -> list[str]:
+def said(folder: pathlib.Path, key: str, known: Known) -> list[str]:
     """What is wrong with how the server ended and with what it has written."""
     log, audit = (folder / "server.log").read_text(), (folder / "audit.jsonl").read_text()
     found = [f"the server's status was {status}"] if (status := (folder / "status").read_text()) != "0" else []
     if "Traceback" in log:
         found.append(f"the server said:\n{log[log.index('Traceback') - 500:][:4000]}")
     found += [f"the key stands in the {name}" for name, text in (("log", log), ("audit file", audit)) if key in text]
-    return found
+    return found + unaudited([json.loads(line) for line in audit.splitlines()], known)
+
+
+def unaudited(lines: Sequence[Mapping[str, Any]], known: Known) -> list[str]:
+    """What the audit file does not say exactly once, or says otherwise than the clients saw it."""
+    statuses: dict[str, list[str]] = collections.defaultdict(list)
+    for line in lines:
+        statuses[line["request_id"]].append(line["status"])
+    wrong = {name: statuses[name] for name, may in known.sent.items()
+             if len(statuses[name]) != 1 or statuses[name][0] not in may}
+    found = [f"of {len(known.sent)} requests {len(wrong)} have other audit lines than one that fits, such as "
+             f"{dict(list(wrong.items())[:5])}"] if wrong else []
+    keyless = sum(line["status"] == "unauthenticated" for line in lines)
+    return found + ([f"{keyless} requests came without their key"] if keyless else [])
 
 
 def main() -> int:
@@ -251,12 +280,13 @@ def main() -> int:
         with running_server(folder, run_dir) as (http_port, grpc_port, pid, key):
             outcome = asyncio.run(soak(http_port, grpc_port, pid, key, seconds=60 * args.minutes,
                                        warm_s=args.warm_seconds, clients=args.clients, prompts=PROMPTS, say=say))
-        problems = said(folder, key)
-        audit_lines = (folder / "audit.jsonl").read_text().count("\n")
-    result, before, after, watch = outcome
+        problems = said(folder, key, outcome[-1])
+        lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    result, before, after, watch, known = outcome
     problems += judge(result, before, after)
-    print(json.dumps(figures(result, before, after, watch, 60 * args.minutes) | {
-        "audit_lines": audit_lines, "problems": problems}))
+    print(json.dumps(figures(result, before, after, watch, known, 60 * args.minutes) | {
+        "audit_lines": dict(collections.Counter(line["status"] for line in lines)),
+        "checked_audit_lines": len(known.sent), "problems": problems}))
     for problem in problems:
         print(f"WRONG: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pathlib
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from llm_jax.errors import UserError
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from experiments.gin_reader import Setting
 
 COMMON_FLAGS = ("gin_file", "print_config", "help")
+_SIGPIPE = 128 + 13
 
 
 class Flags(NamedTuple):
@@ -51,10 +54,19 @@ def run(main: Callable[[], int | None]) -> int:
     """Runs a script's `main`; returns the exit status.
 
     A `UserError` is printed as one line and gives 2, Ctrl-C gives 130; any other exception is a bug and keeps its
-    traceback.
+    traceback. That nobody reads the output any more (`… | head`) is none: what is told then is nothing, and the status
+    is the script's own if it had ended, else what a shell says of a program that SIGPIPE has ended.
     """
+    status = _SIGPIPE
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()  # or the interpreter would find out when nobody can catch it
+        return status
+    except BrokenPipeError:
+        if _is_read(sys.stdout):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return status
     except UserError as error:
         # Gin adds the calls that led to an error on further lines.
         print(f"error: {str(error).split(chr(10) + '  In call to configurable')[0]}", file=sys.stderr)
@@ -64,6 +76,16 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether somebody may still read what was written to `stream`: a pipe without a reader says so when polled."""
+    try:
+        polled = select.poll()
+        polled.register(stream, 0)
+    except (OSError, ValueError):  # no file of the system's
+        return True
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in polled.poll(0))
 
 
 def gin_main(root: str, default_files: Sequence[str] = (), argv: Sequence[str] | None = None, *, description: str = "",

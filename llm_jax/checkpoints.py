@@ -78,9 +78,7 @@ class Checkpoints:
         self._writing_step: int | None = None
         self.directory = storage.located(directory)  # Orbax writes to absolute paths only
         self.read_only = read_only
-        if os.fspath(self.directory).startswith("s3://"):
-            raise UserError(f"{self.directory}: checkpoints can be on a disk or in gs://, not in s3://, which Orbax "
-                            "does not write; mount the bucket (mount-s3, s3fs-fuse) and give its path")
+        check_place(self.directory)
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints at {self.directory}: is it a run directory?")
         self._held = _Held()
@@ -345,7 +343,12 @@ class Checkpoints:
                 raise UserError(f"{where}{name} of shape {shape} is in it and has no place here")
 
 
-
+def check_place(directory: epath.PathLike) -> None:
+    """UserError if `directory` is where no checkpoints can be: in `s3://`, for which Orbax has no driver (to its array
+    driver anything but `gs://` is a file, and it knows only there what completes a checkpoint without a renaming)."""
+    if os.fspath(directory).startswith("s3://"):
+        raise UserError(f"{directory}: checkpoints can be on a disk or in gs://, not in s3://, which Orbax does not "
+                        "write; mount the bucket (mount-s3, s3fs-fuse) and give its path")
 
 
 def write_checksums(folder: epath.Path) -> None:

@@ -14,12 +14,14 @@ from serving import logs
 from serving.access.audit import AuditEntry
 from serving.access.guard import Guard, Place
 from serving.access.identity import Caller, Identity
+from serving.access.policy import MIN_PRIORITY, max_priority
 from serving.errors import Reason, as_rejected, invalid
 from serving.metrics import Metrics
+from serving.room import Entrant
 from serving.tracing import Span, Traces
 
 MAX_TENANT_CHARACTERS = 256
-BATCH_PRIORITY = -1000  # of a batch's lines, whatever they ask for: with the usual ageing, behind 8 hours of others
+BATCH_PRIORITY = MIN_PRIORITY  # of a batch's lines, whatever they ask for
 # Not failures of the request: the client left, the door has let go of it, or gRPC was told already.
 _LEFT = (asyncio.CancelledError, GeneratorExit, grpc.aio.BaseError)
 
@@ -32,7 +34,9 @@ class Admission:
       identity: who that is.
       tenant: whose prefix cache, response cache, files and quota these are: the identity's, or the one that the
         caller names where no keys are set.
-      usage: tokens so far, of all samples; `Calls.stream`, `collect` and `embed` keep it up themselves.
+      began: when it came, on `time.monotonic`.
+      entrant: how far its parts have come into the engine's queue.
+      usage: tokens so far, of all its parts and their samples; `add_usage` adds to it.
       span: its OpenTelemetry span; one that tells nobody where no traces are asked for.
     """
 
@@ -40,9 +44,12 @@ class Admission:
         self.caller = caller
         self.identity: Identity | None = None
         self.tenant = caller.tenant
+        self.began = time.monotonic()
+        self.entrant = Entrant()
         self.usage = Usage(0, 0)
         self.span = span
         self._place: Place | None = None
+        self._ahead = 0  # tokens that are set aside for parts to come
 
     def enter(self, guard: Guard, action: str, entered: contextlib.ExitStack, counted: bool) -> None:
         """Finds out who it is and takes its place.
@@ -65,16 +72,45 @@ class Admission:
         self._place = entered.enter_context(guard.enter(identity, action, counted=counted))
 
     def priority(self, asked: int) -> int:
-        """What the engine is told: lines of a batch go behind everything else."""
-        return BATCH_PRIORITY if self.caller.interface == "batch" else asked
+        """What the engine is told: lines of a batch go behind everything else.
+
+        Raises:
+          Rejected: INVALID; the caller's role may not ask for so much, or nobody for so little.
+        """
+        if self.caller.interface == "batch":
+            return BATCH_PRIORITY
+        role = (self.identity or Identity()).role
+        most = max_priority(role)
+        if not MIN_PRIORITY <= asked <= most:
+            raise invalid(f"priority={asked} must lie between {MIN_PRIORITY} and {most} for the role {role!r}",
+                          "priority")
+        return asked
 
     def reserve(self, tokens: int) -> None:
-        """Sets aside what the request may use at most; see `Place.reserve`."""
-        if self._place is not None:
-            self._place.reserve(tokens)
+        """Sets aside what a part of the request may use at most, unless `reserve_all` has; see `Place.reserve`."""
+        ahead = min(self._ahead, tokens)
+        if self._place is not None and tokens > ahead:
+            self._place.reserve(tokens - ahead)
+        self._ahead -= ahead
+
+    def reserve_all(self, tokens: int) -> None:
+        """Sets aside what all parts may use at most, before the first begins: or a later one might find nothing left.
+
+        Raises:
+          Rejected: OVER_QUOTA; so many are not left, and nothing has run.
+        """
+        self.reserve(tokens)
+        self._ahead += tokens
 
     def add_usage(self, usage: Usage) -> None:
-        """Counts tokens as used for this request; only for what did not go through `Calls`."""
+        """Adds what a part of this request has used to `usage`, and charges its tokens to the caller's quotas.
+
+        `Calls` does it itself for what goes through `stream`, `collect` and `embed`, also for a part that was cut
+        short; others only for tokens that `Calls` knows nothing of. What was added is not taken back.
+
+        Args:
+          usage: of that part alone. Its tokens are added up; the longest of the times in the queue counts.
+        """
         u = self.usage
         self.usage = Usage(u.prompt_tokens + usage.prompt_tokens, u.completion_tokens + usage.completion_tokens,
                            u.cached_tokens + usage.cached_tokens, max(u.queue_seconds, usage.queue_seconds))
@@ -87,7 +123,6 @@ class Admission:
 async def admitted(caller: Caller, action: str, *, guard: Guard | None, metrics: Metrics | None, traces: Traces | None,
                    counted: bool = True) -> AsyncIterator[Admission]:
     """A request from its arrival to its end, whatever that is; see `Calls.admitted`."""
-    began = time.monotonic()
     logs.request_id.set(caller.request_id)
     if metrics is not None:
         metrics.started(caller.interface, caller.method)
@@ -111,7 +146,7 @@ async def admitted(caller: Caller, action: str, *, guard: Guard | None, metrics:
             raise
         raise rejected from error
     finally:
-        _write_down(admission, reason, time.monotonic() - began, guard, metrics)
+        _write_down(admission, reason, time.monotonic() - admission.began, guard, metrics)
 
 
 def _write_down(admission: Admission, reason: Reason | None, seconds: float, guard: Guard | None,

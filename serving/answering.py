@@ -16,6 +16,9 @@ from serving.metrics import Metrics
 
 # Given the merged news of each sample that has any, and the seconds to each sample's first token so far.
 Write = Callable[[dict[int, Delta], dict[int, float]], Awaitable[None]]
+# Calls what hands a part to the engine, once there is room for it, and gives back what that returned.
+Enter = Callable[[Callable[[], Awaitable[list[int]]]], Awaitable[list[int]]]
+TOO_LATE = "the request's deadline, or the longest wait that the server allows, passed before its first token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Question:
       sampling: what to do with it; `sample` is filled in by `params`, and only the first tells of the prompt.
       wanted: samples that are told.
       drawn: samples that are drawn; of more than `wanted` the likeliest are told, when all have finished.
-      priority, tenant, deadline_s: see `Service.submit`.
+      priority, tenant: see `Service.submit`.
+      due: when it ends with what there is, on `time.monotonic`; None is never.
     """
 
     prompt_ids: Sequence[int]
@@ -36,7 +40,19 @@ class Question:
     drawn: int = 1
     priority: int = 0
     tenant: str = ""
-    deadline_s: float | None = None
+    due: float | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until it is due.
+
+        Raises:
+          Rejected: DEADLINE; there are none.
+        """
+        left_s = None if self.due is None else self.due - time.monotonic()
+        if left_s is not None and left_s <= 0:
+            raise Rejected(Reason.DEADLINE, TOO_LATE)
+        return left_s
 
     def params(self) -> list[SamplingParams]:
         """Of each sample."""
@@ -54,15 +70,17 @@ class Answer:
       mailbox: where its news arrive.
       unfinished: ids of the engine's requests by sample; kept up here, and cancelled by whoever made it.
       on_first_token: called once.
+      enter: waits for room.
     """
 
     def __init__(self, question: Question, front: Front, mailbox: Mailbox, unfinished: dict[int, int],
-                 on_first_token: Callable[[], None]) -> None:
+                 on_first_token: Callable[[], None], enter: Enter) -> None:
         self._question = question
         self._front = front
         self._mailbox = mailbox
         self._unfinished = unfinished
         self._on_first_token = on_first_token
+        self._enter = enter
         self._arrived = time.monotonic()
         self._taken = False
         self._tokens = [0] * question.drawn
@@ -81,8 +99,9 @@ class Answer:
         """
         q, unfinished = self._question, self._unfinished
         listeners = [functools.partial(self._mailbox.push, i) for i in range(q.drawn)]
-        ids = await self._front.submit_samples(q.prompt_ids, q.params(), listeners, q.priority, tenant=q.tenant,
-                                               deadline_s=q.deadline_s)
+        params = q.params()
+        ids = await self._enter(lambda: self._front.submit_samples(
+            q.prompt_ids, params, listeners, q.priority, tenant=q.tenant, deadline_s=q.left_s))
         unfinished.update(enumerate(ids))
         self._taken = True
         held = [Gathered() for _ in range(q.drawn if q.drawn > q.wanted else 0)]
@@ -150,8 +169,7 @@ def raise_if_failed(delta: Delta, is_live: bool, began: bool = False) -> None:
     if delta.finish_reason == "error":  # a failed step, or a constraint that its tokens can't follow to the end
         raise Rejected(Reason.INTERNAL, delta.error or "the engine failed on this request")
     if delta.finish_reason == "deadline" and not began:
-        raise Rejected(Reason.DEADLINE, "the request's deadline, or the longest wait that the server allows, passed "
-                       "before its first token")
+        raise Rejected(Reason.DEADLINE, TOO_LATE)
     if delta.finish_reason == "cancelled":
         if not is_live:
             raise Unavailable(delta.error or "the server shut down before this request was finished")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from llm_jax.inference.request import SamplingParams
+from llm_jax.inference.request import PromptTooLong, SamplingParams
 from serving.engine.front import Front
 from serving.errors import invalid
 
@@ -38,7 +38,7 @@ class Asking:
         """Token ids of `text`; a long text is tokenized in another thread, one that can't fit not at all.
 
         Raises:
-          Rejected: the text has more tokens than fit, however well they match it.
+          PromptTooLong: the text has more tokens than fit, however well they match it.
         """
         if len(text) < LONG_TEXT:
             return self.front.encode(text, add_bos=add_bos)
@@ -51,7 +51,7 @@ class Asking:
         """A prompt that was sent as tokens.
 
         Raises:
-          Rejected: there are more than fit; they are not copied then.
+          PromptTooLong: there are more than fit; they are not copied then.
         """
         self._check_length(len(sent))
         return list(sent)
@@ -59,8 +59,8 @@ class Asking:
     def _check_length(self, num_tokens: int, least: str = "") -> None:
         most = self.front.max_prompt_tokens
         if num_tokens > most:
-            raise invalid(f"the prompt has {least}{num_tokens} tokens; at most {most} fit (context "
-                          f"{self.front.max_context}, one for the answer)", "prompt")
+            raise PromptTooLong(f"the prompt has {least}{num_tokens} tokens; at most {most} fit (context "
+                                f"{self.front.max_context}, one for the answer)")
 
     def sampling(self, prompt_ids: Sequence[int], *, max_tokens: int, num_samples: int, best_of: int = 0,
                  **fields) -> SamplingParams:
@@ -84,6 +84,11 @@ class Asking:
         # A prompt that leaves no room is refused by the service, which knows the limit to name.
         limit = max_tokens or max(1, self.front.max_context - len(prompt_ids))
         return self.front.defaults.params(max_tokens=limit, **fields)
+
+    def most_tokens(self, prompt_ids: Sequence[int], drawn: int, max_tokens: int) -> int:
+        """Tokens that so many samples of a prompt may use at most; the engine draws none that don't fit."""
+        room = max(0, self.front.max_context - len(prompt_ids))
+        return len(prompt_ids) + drawn * min(max_tokens, room)
 
     @property
     def max_samples(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import hashlib
 import sys
 import time
@@ -10,13 +11,26 @@ from collections.abc import Callable, Sequence
 
 import cachetools
 
-from llm_jax.inference.request import Delta
+from llm_jax.inference.request import Delta, Usage
 from serving.answering import Question
 
 MAX_BYTES = 256 << 20  # of all answers together
 _PER_TOKEN = 128  # bytes that an answer holds for each of its tokens, about: an id, a log-probability, four characters
 _PER_LIKELIEST = 128  # for each of the likeliest that is told beside it: a pair, an id, a log-probability
 _COMPLETE = ("stop", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An answer.
+
+    Attributes:
+      samples: those that were told, whole.
+      usage: of all that were drawn, as the first caller was told it; the waiting is not kept.
+    """
+
+    samples: tuple[Delta, ...]
+    usage: Usage
 
 
 class ResponseCache:
@@ -38,8 +52,8 @@ class ResponseCache:
         self._model = model
         # One measure for both bounds: an answer counts as its bytes, or as its share if it has fewer.
         share = MAX_BYTES / entries
-        self._kept: cachetools.TTLCache[bytes, tuple[Delta, ...]] = cachetools.TTLCache(
-            MAX_BYTES, seconds, clock, lambda answer: max(share, sum(map(_size, answer))))
+        self._kept: cachetools.TTLCache[bytes, Kept] = cachetools.TTLCache(
+            MAX_BYTES, seconds, clock, lambda kept: max(share, sum(map(_size, kept.samples))))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -60,16 +74,15 @@ class ResponseCache:
         digest.update(array.array("q", question.prompt_ids).tobytes())
         return digest.digest()
 
-    def get(self, key: bytes) -> list[Delta] | None:
-        """The samples of the answer, whole; None if there is none."""
-        found = self._kept.get(key)
-        return None if found is None else list(found)
+    def get(self, key: bytes) -> Kept | None:
+        """The answer; None if there is none."""
+        return self._kept.get(key)
 
-    def put(self, key: bytes, answer: Sequence[Delta]) -> None:
+    def put(self, key: bytes, samples: Sequence[Delta], usage: Usage) -> None:
         """Keeps an answer if it is complete, and leaves room for others."""
-        if all(sample.finish_reason in _COMPLETE for sample in answer):
+        if all(sample.finish_reason in _COMPLETE for sample in samples):
             try:
-                self._kept[key] = tuple(answer)
+                self._kept[key] = Kept(tuple(samples), dataclasses.replace(usage, queue_seconds=0.0))
             except ValueError:  # larger than everything that may be kept
                 pass
 

@@ -6,27 +6,36 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from llm_jax.inference.request import Delta, SamplingParams, Unavailable, Usage
-from serving.access.guard import Guard
+from serving.access.guard import SPENDING, Guard
 from serving.access.identity import Caller, Identity
 from serving.admission import Admission, admitted
-from serving.answering import Answer, Question, Write, raise_if_failed
+from serving.answering import TOO_LATE, Answer, Question, Write, raise_if_failed
 from serving.asking import Asking
 from serving.cache import ResponseCache
 from serving.engine.front import front_of
+from serving.errors import Reason, Rejected
 from serving.filters import Filters
 from serving.interactions import Interactions
 from serving.mailbox import Closed, Gathered, Mailbox
 from serving.metrics import Metrics
+from serving.room import Room
 from serving.tracing import Traces
+
+DRAINING = "the server is shutting down and takes no new requests"
+CUT = "the server shut down before this request was finished"
+Submitted = TypeVar("Submitted")
 
 
 class Calls(Asking):
     """The running calls over one engine, whichever door they came through; lives in one event loop.
+
+    A request is what is admitted; it may have several parts (prompts), each of which is a call of `stream`, `collect`
+    or `embed`. Its first part is refused if the engine's queue is full; those behind it wait for room (`Room`). When
+    the server is told to stop, requests that were admitted before go on to their last part, and others are refused.
 
     Args:
       front: `serving.engine.front.Front`, or a `Service` of this process, or what behaves like one.
@@ -39,7 +48,7 @@ class Calls(Asking):
 
     Attributes:
       front, guard, metrics, cache: as given.
-      accepting: whether new calls are taken; `refuse_new` ends that.
+      accepting: whether new requests are taken; `refuse_new` ends that.
     """
 
     def __init__(self, front: Any, *, guard: Guard | None = None, metrics: Metrics | None = None,
@@ -53,27 +62,35 @@ class Calls(Asking):
         self._filters = filters
         self._interactions = interactions
         self._traces = traces
-        self._running: set[Mailbox] = set()
-        self._idle = asyncio.Event()
+        self._room = Room()
+        self._requests: set[Admission] = set()  # those that were taken, and have not ended
+        self._running: set[Mailbox] = set()  # of their parts that run now
+        self._cut = False
+        self._idle = asyncio.Event()  # while there is no request
         self._idle.set()
 
     @property
     def is_live(self) -> bool:
-        """Whether a call that came now could be served."""
+        """Whether a request that came now could be served."""
         return self.accepting and self.front.is_live
 
     def refuse_new(self) -> None:
-        """From now on new calls end with UNAVAILABLE; the running ones go on."""
+        """From now on new requests end with UNAVAILABLE; those that run go on, also with parts not begun yet.
+
+        The engine is told when the last of them has ended: it can't tell their parts from new requests.
+        """
         self.accepting = False
-        self.front.begin_drain()
+        self._drain_if_idle()
 
     def cut(self) -> None:
-        """Ends every running call with UNAVAILABLE."""
+        """Ends every request that runs with UNAVAILABLE."""
+        self._cut = True
         for mailbox in self._running:
             mailbox.close()
+        self.front.begin_drain()
 
     async def finished(self, timeout_s: float) -> bool:
-        """Waits until no call runs; False if that took longer than `timeout_s`."""
+        """Waits until no request runs; False if that took longer than `timeout_s`."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -82,10 +99,11 @@ class Calls(Asking):
 
     @property
     def running(self) -> int:
-        """Calls that are being answered."""
-        return len(self._running)
+        """Requests that are being answered."""
+        return len(self._requests)
 
-    def admitted(self, caller: Caller, action: str, *, counted: bool = True) -> AbstractAsyncContextManager[Admission]:
+    @contextlib.asynccontextmanager
+    async def admitted(self, caller: Caller, action: str, *, counted: bool = True) -> AsyncIterator[Admission]:
         """A request from its arrival to its end: `async with calls.admitted(caller, "generate") as admission`.
 
         Asks the guard, counts the request by how it ends, and writes the audit line. What the block raises comes out
@@ -100,7 +118,18 @@ class Calls(Asking):
         Raises:
           Rejected: nobody is let in, or the block failed.
         """
-        return admitted(caller, action, guard=self.guard, metrics=self.metrics, traces=self._traces, counted=counted)
+        async with admitted(caller, action, guard=self.guard, metrics=self.metrics, traces=self._traces,
+                            counted=counted) as admission:
+            if not self.accepting or not counted or action not in SPENDING:
+                yield admission
+                return
+            self._requests.add(admission)
+            self._idle.clear()
+            try:
+                yield admission
+            finally:
+                self._requests.discard(admission)
+                self._drain_if_idle()
 
     async def stream(
         self,
@@ -116,6 +145,8 @@ class Calls(Asking):
     ) -> None:
         """Runs `num_samples` samples of one prompt, handing their news to `write` until each has finished.
 
+        This is a request, or one part of it.
+
         However this ends (also by cancellation: the client left or its deadline passed), nothing of the call keeps
         running in the engine. An answer that a content filter ends has the finish_reason "content_filter".
 
@@ -123,12 +154,12 @@ class Calls(Asking):
           prompt_ids: the prompt, beginning-of-sequence token included.
           sampling: what to do with it; `sample` is filled in here, and only the first tells of the prompt.
           num_samples: samples of the prompt; 0 means 1.
-          priority: larger goes first among the requests that wait.
+          priority: larger goes first among the requests that wait; within `Admission.priority`'s limits.
           write: given the merged delta of each sample with news, and the seconds to each sample's first token so far.
           admission: whose request it is; its usage is kept up.
           best_of: samples that are drawn; with more than num_samples, `write` is given the likeliest of them at the
             end, the best as number 0.
-          deadline_s: seconds after which each sample ends with what it has.
+          deadline_s: seconds from the request's arrival after which each sample ends with what it has.
 
         Raises:
           Rejected: with the reason for which the call should end.
@@ -136,13 +167,15 @@ class Calls(Asking):
         """
         arrived = time.monotonic()
         asked = prompt_ids
-        with self._call() as (mailbox, unfinished):
+        with self._call(admission) as (mailbox, unfinished):
+            priority = admission.priority(priority)
             if self._filters is not None:
-                prompt_ids = await self._filters.before(prompt_ids, self.front.tokenizer, _who(admission))
+                async with mailbox.open():
+                    prompt_ids = await self._filters.before(prompt_ids, self.front.tokenizer, _who(admission))
             wanted = num_samples or 1
-            question = Question(prompt_ids, sampling, wanted, best_of or wanted, admission.priority(priority),
-                                admission.tenant, deadline_s)
-            admission.reserve(len(prompt_ids) + question.drawn * sampling.max_tokens)
+            question = Question(prompt_ids, sampling, wanted, best_of or wanted, priority, admission.tenant,
+                                None if deadline_s is None else admission.began + deadline_s)
+            admission.reserve(self.most_tokens(prompt_ids, question.drawn, sampling.max_tokens))
             watch = None if self._filters is None else self._filters.watch(_who(admission), len(prompt_ids))
             told: list[Gathered] = [Gathered() for _ in range(wanted)] if self._interactions is not None else []
 
@@ -176,8 +209,10 @@ class Calls(Asking):
             if self.metrics is not None:
                 self.metrics.cache(found is not None)
             if found is not None:
-                admission.add_usage(Usage(len(question.prompt_ids), sum(len(d.token_ids) for d in found)))
-                await tell(dict(enumerate(found)), dict.fromkeys(range(len(found)), time.monotonic() - began))
+                admission.entrant.begun = True  # and is not refused any more: some of it is told
+                admission.add_usage(found.usage)
+                await tell(dict(enumerate(found.samples)),
+                           dict.fromkeys(range(len(found.samples)), time.monotonic() - began))
                 return
         whole = [Gathered() for _ in range(question.wanted if key is not None else 0)]
 
@@ -186,7 +221,8 @@ class Calls(Asking):
                 whole[sample].add(delta)
             return await tell(news, first_token)
 
-        answer = Answer(question, self.front, mailbox, unfinished, admission.span.first_token)
+        enter = functools.partial(self._entered, admission, mailbox, question.priority, question.due)
+        answer = Answer(question, self.front, mailbox, unfinished, admission.span.first_token, enter)
         try:
             await answer.run(keep if whole else tell)
         finally:
@@ -194,7 +230,7 @@ class Calls(Asking):
             if self.metrics is not None:
                 answer.report(self.metrics)
         if self.cache is not None and key is not None:
-            self.cache.put(key, [one.joined() for one in whole])
+            self.cache.put(key, [one.joined() for one in whole], answer.usage())
 
     async def collect(self, prompt_ids: Sequence[int], sampling: SamplingParams, num_samples: int, priority: int, *,
                       admission: Admission, best_of: int = 0, deadline_s: float | None = None) -> list[Delta]:
@@ -222,13 +258,16 @@ class Calls(Asking):
           as `stream`.
         """
         found: dict[int, Delta] = {}
-        with self._call() as (mailbox, unfinished):
+        with self._call(admission) as (mailbox, unfinished):
+            priority = admission.priority(priority)
             if self._filters is not None:
-                prompts = [await self._filters.before(p, self.front.tokenizer, _who(admission)) for p in prompts]
+                async with mailbox.open():
+                    prompts = [await self._filters.before(p, self.front.tokenizer, _who(admission)) for p in prompts]
             admission.reserve(sum(map(len, prompts)))
             for i, prompt_ids in enumerate(prompts):
-                unfinished[i] = await self.front.embed(prompt_ids, pooling, functools.partial(mailbox.push, i),
-                                                       admission.priority(priority))
+                submit = functools.partial(self.front.embed, prompt_ids, pooling, functools.partial(mailbox.push, i),
+                                           priority)
+                unfinished[i] = await self._entered(admission, mailbox, priority, None, submit)
                 admission.add_usage(Usage(len(prompt_ids), 0))
                 await asyncio.sleep(0)  # each takes time with the prompt's length: other calls come in between
             while unfinished:
@@ -240,25 +279,41 @@ class Calls(Asking):
             self.metrics.tokens(sum(map(len, prompts)), 0, 0)
         return [found[i] for i in range(len(prompts))]
 
+    async def _entered(self, admission: Admission, mailbox: Mailbox, priority: int, due: float | None,
+                       submit: Callable[[], Awaitable[Submitted]]) -> Submitted:
+        """What `submit` returns, once the engine's queue had room; a deadline and the server's end count meanwhile."""
+        limit = asyncio.timeout(None if due is None else due - time.monotonic())
+        try:
+            async with limit, mailbox.open():
+                return await self._room.enter(admission.entrant, priority, submit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Rejected(Reason.DEADLINE, TOO_LATE) from None
+
     @contextlib.contextmanager
-    def _call(self) -> Iterator[tuple[Mailbox, dict[int, int]]]:
+    def _call(self, admission: Admission) -> Iterator[tuple[Mailbox, dict[int, int]]]:
         """A call while it runs: where its news arrive, and the ids of its requests, to be kept up by the caller."""
-        if not self.accepting:
-            raise Unavailable("the server is shutting down and takes no new requests")
-        mailbox = Mailbox(asyncio.get_running_loop())
+        if not self.accepting and (self._cut or admission not in self._requests):
+            raise Unavailable(CUT if admission in self._requests else DRAINING)
+        mailbox = Mailbox(asyncio.get_running_loop(), self._room.freed)
         unfinished: dict[int, int] = {}
         self._running.add(mailbox)
-        self._idle.clear()
         try:
             yield mailbox, unfinished
         except Closed:
-            raise Unavailable("the server shut down before this request was finished") from None
+            raise Unavailable(CUT) from None
         finally:
             for request_id in unfinished.values():
                 self.front.cancel(request_id)
             self._running.discard(mailbox)
-            if not self._running:
-                self._idle.set()
+            self._room.freed()
+
+    def _drain_if_idle(self) -> None:
+        if not self._requests:
+            self._idle.set()
+            if not self.accepting:
+                self.front.begin_drain()
 
 
 def _who(admission: Admission) -> Identity:

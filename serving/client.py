@@ -19,9 +19,19 @@ import grpc
 
 from llm_jax.errors import UserError
 from serving import messages
-from serving.client_request import Asked, Chunk, checked, chunk, generate_request, set_prompt
+from serving.client_request import (
+    Asked,
+    Chunk,
+    WrongType,
+    check_type,
+    checked,
+    chunk,
+    generate_request,
+    set_prompt,
+)
 from serving.client_session import Session
 
+__all__ = ["Asked", "Chunk", "Client", "RequestFailed", "WrongType"]
 CONNECT_TIMEOUT_S = 5.0
 _POOLINGS = {"mean": 1, "last": 2}
 
@@ -54,11 +64,19 @@ class Client:
 
     Raises:
       UserError: there is no server at the address, a file can't be read, or the key is none.
+      WrongType: an argument is of another type.
     """
 
     def __init__(self, address: str, *, api_key: str | None = None, tls: bool = False, tls_ca: str | None = None,
                  tls_cert: str | None = None, tls_key: str | None = None,
                  connect_timeout_s: float = CONNECT_TIMEOUT_S, timeout_s: float | None = None) -> None:
+        for name, value in {"address": address, "api_key": api_key, "tls_ca": tls_ca, "tls_cert": tls_cert,
+                            "tls_key": tls_key}.items():
+            if name == "address" or value is not None:
+                check_type(name, value, str)
+        check_type("connect_timeout_s", connect_timeout_s, float)
+        if timeout_s is not None:
+            check_type("timeout_s", timeout_s, float)
         self._address = address
         self._timeout_s = timeout_s
         self._metadata = _metadata(api_key)
@@ -110,16 +128,14 @@ class Client:
           prompt: text, or token ids that are used as they are.
           **asked: see `serving.client_request.Asked`.
 
-        Yields:
+        Returns:
           `Chunk`s, those of different samples in the order they arrive.
 
         Raises:
-          UserError: an argument does not fit its field.
-          RequestFailed: the server refused the request or could not finish it.
+          UserError: an argument does not fit its field (a `WrongType` if it is of another type); at once.
+          RequestFailed: the server refused the request or could not finish it; while it is read.
         """
-        request = generate_request(prompt, asked)
-        for response in self._stream(messages.INFERENCE, "Generate", request, messages.GenerateResponse):
-            yield chunk(response)
+        return self._generated(generate_request(prompt, asked))
 
     def session(self) -> Session:
         """A call in which several requests run at once; to be closed, or used as a context.
@@ -142,7 +158,14 @@ class Client:
           prompts: texts, or token ids that are used as they are; 64 at once, at most.
           pooling: "mean" or "last".
           priority: as of `generate`.
+
+        Raises:
+          UserError: an argument does not fit its field (a `WrongType` if it is of another type).
+          RequestFailed: the server refused the request or could not finish it.
         """
+        check_type("prompts", prompts, Sequence[str | Sequence[int]])
+        check_type("pooling", pooling, str)
+        check_type("priority", priority, int)
         if pooling not in _POOLINGS:
             raise UserError(f"pooling must be one of {', '.join(_POOLINGS)}, not {pooling!r}")
         with checked():
@@ -154,7 +177,11 @@ class Client:
 
     def decode(self, prompt: str | Sequence[int], *, max_tokens: int = 0, num_samples: int = 1, has_bos: bool = False,
                priority: int = 0) -> Iterator[Chunk]:
-        """The same over the JetStream protocol, which leaves sampling to the server and says nothing at the end."""
+        """`generate` over the JetStream protocol, which leaves sampling to the server and says nothing at the end."""
+        check_type("prompt", prompt, str | Sequence[int])
+        for name, value in {"max_tokens": max_tokens, "num_samples": num_samples, "priority": priority}.items():
+            check_type(name, value, int)
+        check_type("has_bos", has_bos, bool)
         with checked():
             request = messages.DecodeRequest(max_tokens=max_tokens, num_samples=num_samples, has_bos=has_bos,
                                              priority=priority)
@@ -163,6 +190,13 @@ class Client:
             else:
                 request.token_content.token_ids.extend(prompt)
                 request.token_content.SetInParent()
+        return self._decoded(request)
+
+    def _generated(self, request: Any) -> Iterator[Chunk]:
+        for response in self._stream(messages.INFERENCE, "Generate", request, messages.GenerateResponse):
+            yield chunk(response)
+
+    def _decoded(self, request: Any) -> Iterator[Chunk]:
         for response in self._stream(messages.ORCHESTRATOR, "Decode", request, messages.DecodeResponse):
             for index, sample in enumerate(response.stream_content.samples):
                 if sample.text or sample.token_ids:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import numbers
+import operator
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -60,6 +65,71 @@ class Asked(TypedDict, total=False):
 _OF_THE_REQUEST = ("priority", "tenant", "deadline_seconds")
 
 
+class WrongType(UserError, TypeError):
+    """An argument is of a type that its field has no room for."""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, of: Any) -> bool:
+    """Bytes are a sequence of whole numbers, and a text one of texts; neither is meant by it."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not hasattr(value, "__iter__"):
+        return False
+    return hasattr(value, "__len__") and all(map(of, value))
+
+
+# What an argument may be, in words, and whether a value is that; by the annotation, None left out.
+_KINDS: dict[Any, tuple[str, Any]] = {
+    str: ("text", lambda value: isinstance(value, str)),
+    int: ("a whole number", _is_whole),
+    float: ("a number", _is_number),
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    Constraint: ("a Constraint", lambda value: isinstance(value, Constraint)),
+    Sequence[int]: ("a list of whole numbers", lambda value: _is_list(value, _is_whole)),
+    Mapping[int, float]: ("a dict of numbers by token id", lambda value: isinstance(value, Mapping) and all(
+        _is_whole(token) and _is_number(amount) for token, amount in value.items())),
+    str | Sequence[str]: ("text or a list of texts", lambda value: isinstance(value, str) or _is_list(
+        value, lambda one: isinstance(one, str))),
+    str | Sequence[int]: ("text or a list of token ids", lambda value: isinstance(value, str) or _is_list(
+        value, _is_whole)),
+    Sequence[str | Sequence[int]]: ("a list, each of text or of token ids", lambda value: _is_list(
+        value, _KINDS[str | Sequence[int]][1])),
+}
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Whether a value may stand in an argument.
+
+    Args:
+      name: of the argument.
+      value: None is checked like any other.
+      kind: its annotation; one of `_KINDS`.
+
+    Raises:
+      WrongType: it may not.
+    """
+    words, fits = _KINDS[kind]
+    if not fits(value):
+        raise WrongType(f"{name} must be {words}, not {value!r:.80}")
+
+
+@functools.cache
+def _asked_kinds() -> dict[str, Any]:
+    """The annotations of `Asked`, None left out: that is as good as absent."""
+    found = {}
+    for name, hint in typing.get_type_hints(Asked).items():
+        parts = [one for one in typing.get_args(hint) if one is not types.NoneType]
+        is_union = isinstance(hint, types.UnionType)
+        found[name] = functools.reduce(operator.or_, parts) if is_union else hint
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """A piece of one sample, as it arrives.
@@ -92,12 +162,16 @@ def generate_request(prompt: str | Sequence[int], asked: Asked) -> Any:
     """The message that asks for it.
 
     Raises:
+      WrongType: the prompt or an argument is of another type.
       UserError: an argument is unknown, or does not fit its field.
     """
+    check_type("prompt", prompt, str | Sequence[int])
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     unknown = given.keys() - Asked.__annotations__.keys()
     if unknown:
         raise UserError(f"{min(unknown)} is no argument; there are {', '.join(Asked.__annotations__)}")
+    for name, value in given.items():
+        check_type(name, value, _asked_kinds()[name])
     constraint = given.pop("constraint", None)
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]

@@ -44,6 +44,7 @@ class Reason(enum.Enum):
     OVER_QUOTA = Told(_Code.RESOURCE_EXHAUSTED, 429, "insufficient_quota", "insufficient_quota")
     QUEUE_FULL = Told(_Code.RESOURCE_EXHAUSTED, 429, "server_overloaded", "queue_full")
     CANCELLED = Told(_Code.CANCELLED, 499, "cancelled", "cancelled")
+    TOO_SLOW = Told(_Code.DEADLINE_EXCEEDED, 408, "invalid_request_error", "request_timeout")
     DEADLINE = Told(_Code.DEADLINE_EXCEEDED, 504, "deadline_exceeded", "deadline_exceeded")
     UNAVAILABLE = Told(_Code.UNAVAILABLE, 503, "server_unavailable", "unavailable")
     INTERNAL = Told(_Code.INTERNAL, 500, "server_error", "internal_error")

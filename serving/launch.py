@@ -36,6 +36,7 @@ def launch(
     response_cache_entries: int = ServerOptions.response_cache_entries,
     response_cache_seconds: float = ServerOptions.response_cache_seconds,
     tool_format: str | None = None,
+    trusted_proxies: tuple[str, ...] = (),
     traces: bool = False,
     log_format: str = "text",
     grace_seconds: float = 30.0,
@@ -88,6 +89,7 @@ def launch(
       response_cache_entries: answers of deterministic requests that are kept, at most; 0 is none
       response_cache_seconds: how long each is kept
       tool_format: how the model writes calls of tools; by default as its chat template says
+      trusted_proxies: address or network of a proxy whose X-Forwarded-For is believed; may be repeated. By default none
       traces: send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says
       log_format: of the log lines, text or json
       grace_seconds: how long running requests may go on after SIGTERM
@@ -143,7 +145,7 @@ def launch(
         state_dir=state_dir, response_cache_entries=response_cache_entries,
         response_cache_seconds=response_cache_seconds,
         filters=filters, interactions_file=interactions_file, traces=traces, log_format=log_format,
-        tool_format=tool_format)
+        tool_format=tool_format, trusted_proxies=trusted_proxies)
     layout = {"max_rows": max_rows, "prefill_rows": prefill_rows, "max_context": max_context, "num_pages": num_pages,
               "page_size": page_size, "chunk": chunk, "dtype": dtype, "cache_dtype": cache_dtype, "tensor": tensor,
               "prefix_cache": prefix_cache, "shared_prefixes": shared_prefixes, "swap_pages": swap_pages,

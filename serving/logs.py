@@ -59,6 +59,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def check_format(log_format: str) -> None:
+    """Raises a UserError unless it is one of `FORMATS`."""
+    if log_format not in FORMATS:
+        raise UserError(f"log_format must be one of {', '.join(FORMATS)}, not {log_format!r}")
+
+
 def set_up(log_format: str = "text", stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Sends every logger's lines to `stream` (standard error) in that format, uvicorn's and asyncio's too.
 
@@ -67,8 +73,7 @@ def set_up(log_format: str = "text", stream: TextIO | None = None, level: int = 
     Raises:
       UserError: the format is unknown.
     """
-    if log_format not in FORMATS:
-        raise UserError(f"log_format must be one of {', '.join(FORMATS)}, not {log_format!r}")
+    check_format(log_format)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)

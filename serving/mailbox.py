@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
+from collections.abc import AsyncIterator, Callable
 
 from llm_jax.inference.request import Delta, PromptLogprob, TopLogprobs
 
@@ -50,13 +52,18 @@ class Mailbox:
     `push` is called by the engine's thread and never blocks: a reader that lags finds one larger delta instead of many
     small ones, so what is held is at most the text of the request itself and no other request is slowed down.
 
+    Args:
+      loop: the reader's.
+      on_end: called in the loop when a sample has ended, whether or not the reader has come to know of it.
+
     Attributes:
       first_at: when each sample's first token came, on `time.monotonic`: however late the reader is.
       last_at: when the last one so far came.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None] | None = None) -> None:
         self._loop = loop
+        self._on_end = on_end
         self._lock = threading.Lock()
         self.first_at: dict[int, float] = {}
         self.last_at: dict[int, float] = {}
@@ -64,6 +71,7 @@ class Mailbox:
         self._woken = False  # a wake-up is on its way or has not been acted on: no second one is needed
         self._news = asyncio.Event()
         self._closed = False
+        self._closing: set[asyncio.Timeout] = set()  # blocks that end with it
 
     def push(self, sample: int, delta: Delta) -> None:
         """Adds what `sample` has produced. Any thread; safe after the loop has closed."""
@@ -74,16 +82,43 @@ class Mailbox:
                 self.last_at[sample] = now
             self._pending.setdefault(sample, Gathered()).add(delta)
             wake, self._woken = not self._woken, True
-        if wake:
-            try:
+        try:
+            if wake:
                 self._loop.call_soon_threadsafe(self._news.set)
-            except RuntimeError:  # the loop has closed, so nobody is left to read
-                pass
+            if delta.finish_reason is not None and self._on_end is not None:
+                self._loop.call_soon_threadsafe(self._on_end)
+        except RuntimeError:  # the loop has closed, so nobody is left to read
+            pass
 
     def close(self) -> None:
-        """Makes `take` raise `Closed`, now and from now on. Event loop only."""
+        """Makes `take` and `open` raise `Closed`, now and from now on. Event loop only."""
+        if self._closed:
+            return
         self._closed = True
         self._news.set()
+        for limit in self._closing:
+            limit.reschedule(self._loop.time())
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """A block that `close` ends, whatever it waits for.
+
+        Raises:
+          Closed: `close` was called.
+        """
+        if self._closed:
+            raise Closed
+        limit = asyncio.timeout(None)
+        self._closing.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Closed from None
+        finally:
+            self._closing.discard(limit)
 
     async def take(self) -> dict[int, Delta]:
         """Waits until at least one sample has news; returns the merged delta of each that has.

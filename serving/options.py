@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 
 from llm_jax.errors import UserError
-
-LOG_FORMATS = ("text", "json")
+from serving import logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,9 @@ class ServerOptions:
       filters: content filters as "module:attribute", in the order in which they are asked.
       interactions_file: receives a JSON line for each interaction, with personal data masked.
       traces: whether spans are sent by OpenTelemetry, to where its own environment variables say.
-      log_format: of what the server says of itself, one of `LOG_FORMATS`.
+      log_format: of what the server says of itself, one of `logs.FORMATS`.
       tool_format: how the model writes calls of tools; None finds it out from its chat template.
+      trusted_proxies: addresses and networks of proxies whose word is taken, over HTTP, for where a request came from.
     """
 
     model_name: str = "model"
@@ -46,6 +47,7 @@ class ServerOptions:
     traces: bool = False
     log_format: str = "text"
     tool_format: str | None = None
+    trusted_proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -60,5 +62,10 @@ class ServerOptions:
             raise UserError(f"response_cache_entries={self.response_cache_entries} must be 0 (none) or more")
         if not self.response_cache_seconds > 0:
             raise UserError(f"response_cache_seconds={self.response_cache_seconds} must be more than 0")
-        if self.log_format not in LOG_FORMATS:
-            raise UserError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise UserError(f"trusted_proxies must be addresses or networks (10.0.0.9, 10.0.0.0/8, ::1), not "
+                                f"{proxy!r}") from None
+        logs.check_format(self.log_format)

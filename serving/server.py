@@ -131,7 +131,8 @@ class Server:
         created = getattr(self.front, "created", None)
         info = ModelInfo.of(self.front, self._options.model_name, tool_format=self._options.tool_format,
                             **({"created": created} if created else {}))
-        self._http = HttpDoor(make_app(self.calls, info, state=self._parts.state()), sockets, self._parts.tls)
+        self._http = HttpDoor(make_app(self.calls, info, state=self._parts.state()), sockets, self._parts.tls,
+                              self._options.trusted_proxies)
         await self._http.start()
 
     async def stop(self, grace_seconds: float = 0.0, hurry: asyncio.Event | None = None) -> bool:

@@ -10,6 +10,8 @@ import stat
 import sysconfig
 from collections.abc import Sequence
 
+from llm_jax import storage
+from llm_jax.data import fetching
 from llm_jax.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -66,17 +68,20 @@ class SkipReport:
 
 
 def resolve(corpus: str | Sequence[str]) -> list[str]:
-    """The corpus's parts as absolute paths (or `python-stdlib`), in the order given.
+    """The corpus's parts as absolute paths (or `python-stdlib`, or addresses in a bucket), in the order given.
 
     Raises:
-      UserError: there is no part, or a path that does not exist.
+      UserError: there is no part, a path that does not exist, or an address that can't be read.
     """
     parts = [corpus] if isinstance(corpus, (str, os.PathLike)) else list(corpus)
     if not parts or not all(isinstance(part, (str, os.PathLike)) and os.fspath(part) for part in parts):
         raise UserError(f"CORPUS must be 'python-stdlib', a path or a list of these, not {corpus!r}")
     resolved = []
     for part in map(os.fspath, parts):
-        if part != PYTHON_STDLIB:
+        if not storage.is_local(part):
+            storage.check_reachable(part)
+            part = part.rstrip("/")
+        elif part != PYTHON_STDLIB:
             part = os.path.abspath(os.path.expanduser(part))
             if not os.path.exists(part):
                 raise UserError(f"the corpus {part} does not exist; give the path of a file or a folder, "
@@ -96,12 +101,14 @@ def list_files(parts: Sequence[str], exclude: str = "") -> tuple[list[CorpusFile
       The files, and a report of folders and files left out without being opened.
 
     Raises:
-      UserError: a folder or file that may not be read.
+      UserError: a folder or file that may not be read, or can't be copied from a bucket.
     """
     files: list[CorpusFile] = []
     skipped = SkipReport()
     for part in parts:
         prefix = os.path.basename(part.rstrip(os.sep)) or part if len(parts) > 1 else ""
+        if not storage.is_local(part):
+            part = fetching.local_corpus(part)
         found = _list_stdlib(skipped) if part == PYTHON_STDLIB else _list_path(part, exclude, skipped)
         for path, name in found:
             size = _readable_size(path, name, skipped)

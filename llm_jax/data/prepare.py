@@ -68,7 +68,8 @@ def prepare(
 
     Args:
       data_dir: directory to write; made if it does not exist. Needs room for the text once more while it works.
-      corpus: 'python-stdlib', or the path of a file or a folder, or several of these.
+      corpus: 'python-stdlib', or the path of a file or a folder, or several of these; in a bucket too (`gs://…`, `s3://…`),
+        of which a copy is made on this machine.
       vocab_size: tokens wanted; a small corpus gets fewer. Of no effect with `tokenizer`.
       max_document_chars: wanted length of the pieces that longer texts are cut into, at paragraph ends.
       min_document_chars: shorter documents are dropped.
@@ -92,6 +93,9 @@ def prepare(
         given.document_ids("")  # raises if it cannot be used
         settings |= {"vocab_size": None, "tokenizer_sample_mb": None}
     settings["tokenizer"] = given and given.fingerprint
+    if not storage.is_local(data_dir):
+        raise UserError(f"{data_dir}: data are prepared on a disk; copy the folder into the bucket afterwards "
+                        "(`gcloud storage cp -r`, `aws s3 cp --recursive`), from where it can be trained on")
     directory = pathlib.Path(os.path.abspath(os.path.expanduser(data_dir)))
     with _locked(directory):
         files, skipped = corpora.list_files(parts, exclude=str(directory))

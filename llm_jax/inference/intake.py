@@ -20,6 +20,19 @@ from llm_jax.inference.speculation import Throttle
 from llm_jax.inference.text import TextStream
 
 
+def deadline_of(deadline_s: float | None) -> float | None:
+    """The moment, on `time.monotonic`, that lies so many seconds from now; None is none.
+
+    Raises:
+      InvalidRequest: it lies in the past.
+    """
+    if deadline_s is None:
+        return None
+    if not deadline_s > 0:
+        raise InvalidRequest(f"deadline_s must be more than 0, not {deadline_s}", "deadline_s")
+    return time.monotonic() + deadline_s
+
+
 class Intake:
     """Makes requests; thread-safe."""
 
@@ -30,8 +43,13 @@ class Intake:
         self._lock = threading.Lock()  # guards _grammars
 
     def request(self, request_id: int, prompt_ids: SequenceOf[int], params: SamplingParams, listener: Listener,
-                priority: int, tenant: str, deadline_s: float | None) -> Request:
-        """A request that is not queued yet; arguments as of `Service.submit`.
+                priority: int, tenant: str, deadline: float | None) -> Request:
+        """A request that is not queued yet.
+
+        Args:
+          request_id: its number.
+          deadline: when it ends whatever it has, on `time.monotonic`; None is never.
+          prompt_ids, params, listener, priority, tenant: as of `Service.submit`.
 
         Raises:
           InvalidRequest: no prompt, ids outside the vocabulary, or a constraint that is none.
@@ -45,14 +63,11 @@ class Intake:
             bad = next((t for t in ids if not 0 <= t < vocabulary), None)
             if bad is not None:
                 raise InvalidRequest(f"{name} {bad} is outside the vocabulary (0 to {vocabulary - 1})", field)
-        if deadline_s is not None and not deadline_s > 0:
-            raise InvalidRequest(f"deadline_s must be more than 0, not {deadline_s}", "deadline_s")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
         matcher = None if params.constraint is None else self._all_grammars().matcher(params.constraint)
         sequence = Sequence(request_id, tokens, len(tokens), params.max_tokens, priority, tenant=tenant,
-                            deadline=None if deadline_s is None else time.monotonic() + deadline_s,
-                            needs_host=matcher is not None, reuse=params.prompt_logprobs is None)
+                            deadline=deadline, needs_host=matcher is not None, reuse=params.prompt_logprobs is None)
         # A constraint ends with an end token, whatever else is asked.
         ends = frozenset(() if params.ignore_eos and matcher is None else self._tokenizer.end_ids)
         request = Request(sequence, params, TextStream(self._tokenizer, params.stop), listener,

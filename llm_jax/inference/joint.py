@@ -12,7 +12,7 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import UserError
 from llm_jax.inference.engine import Engine
 from llm_jax.inference.lockstep import Disconnected, Lockstep, alike, params_from_json, params_to_json
-from llm_jax.inference.request import Delta, QueueFull, Unavailable
+from llm_jax.inference.request import Delta, Unavailable
 from llm_jax.inference.requests import Request
 from llm_jax.inference.scheduler import Plan
 from llm_jax.inference.service import Service
@@ -90,12 +90,13 @@ class JointService(Service):
             raise Unavailable("of several processes that serve together, process 0 takes the requests")
         super()._check_live()
 
+    def _under_way(self) -> int:
+        return super()._under_way() + len(self._entering)
+
     def _enter(self, requests: SequenceOf[Request]) -> None:
         scheduler = self._scheduler
         for request in requests:
             scheduler.check(request.sequence.num_prompt)
-        if len(scheduler.waiting) + len(scheduler.running) + len(self._entering) + len(requests) > self.max_requests:
-            raise QueueFull("as many requests are under way as are allowed; try again later")
         for request in requests:
             s = request.sequence
             self._entering[s.id] = request

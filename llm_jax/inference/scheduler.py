@@ -26,6 +26,9 @@ from llm_jax.inference.swap_space import SwapSpace
 __all__ = ["PENDING", "Chunk", "Plan", "Scheduler", "SchedulerStats", "Sequence", "Swap"]
 
 
+_FEW_LIMITS = 1000
+
+
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
 
@@ -130,6 +133,10 @@ class Scheduler:
                 del group[at]
         self._release(sequence)
         self._swap.forget(sequence)
+        # A limit is found out of date when its time comes, which may be in a year: not all are kept till then.
+        if len(self._limits) > 2 * len(self._known) + _FEW_LIMITS:
+            self._limits = [limit for limit in self._limits if limit[1] in self._known]
+            heapq.heapify(self._limits)
 
     def schedule(self) -> Plan | None:
         """The next step, its pages allocated; None if there is nothing to do before the steps in flight are resolved.

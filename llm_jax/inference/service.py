@@ -16,9 +16,9 @@ from llm_jax.errors import UserError
 from llm_jax.inference.engine import Engine
 from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.generation_config import SamplingDefaults
-from llm_jax.inference.intake import Intake
+from llm_jax.inference.intake import Intake, deadline_of
 from llm_jax.inference.proposing import Proposer
-from llm_jax.inference.request import Delta, InvalidRequest, SamplingParams, Unavailable
+from llm_jax.inference.request import Delta, InvalidRequest, QueueFull, SamplingParams, Unavailable
 from llm_jax.inference.requests import POOLINGS, Listener, Request
 from llm_jax.inference.scheduler import Plan, Scheduler
 from llm_jax.inference.statistics import Statistics
@@ -68,6 +68,7 @@ class Service:
         self._intake = Intake(engine, tokenizer)
         self._proposer = Proposer(engine)
         self._requests: dict[int, Request] = {}
+        self._coming = 0  # requests that are taken in: a grammar may take seconds to compile
         self._ids = itertools.count()
         self._changed = threading.Condition()  # guards everything above
         self._new_params: tuple[Any, list[BaseException | None]] | None = None
@@ -159,9 +160,10 @@ class Service:
 
         Arguments as of `submit`, with parameters (`sample` set in each) and a listener for each. Returns their ids.
         """
-        requests = [self._intake.request(next(self._ids), prompt_ids, p, listener, priority, tenant, deadline_s)
-                    for p, listener in zip(params, listeners, strict=True)]
-        self._admit(requests)
+        deadline = deadline_of(deadline_s)
+        requests = self._take_in(len(params), lambda: [
+            self._intake.request(next(self._ids), prompt_ids, p, listener, priority, tenant, deadline)
+            for p, listener in zip(params, listeners, strict=True)])
         return [r.id for r in requests]
 
     def embed(self, prompt_ids: SequenceOf[int], pooling: str, listener: Listener, priority: int = 0) -> int:
@@ -174,11 +176,14 @@ class Service:
         """
         if pooling not in POOLINGS:
             raise InvalidRequest(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}", "pooling")
-        request = self._intake.request(next(self._ids), prompt_ids, SamplingParams(max_tokens=1), listener, priority,
-                                       "", None)
-        request.pooling, request.sequence.reuse = pooling, False
-        self._admit([request])
-        return request.id
+
+        def make() -> list[Request]:
+            request = self._intake.request(next(self._ids), prompt_ids, SamplingParams(max_tokens=1), listener,
+                                           priority, "", None)
+            request.pooling, request.sequence.reuse = pooling, False
+            return [request]
+
+        return self._take_in(1, make)[0].id
 
     def cancel(self, request_id: int) -> None:
         """Ends a request; its pages are free before the next step begins. Nothing happens if it has ended."""
@@ -236,11 +241,36 @@ class Service:
             for request in list(self._requests.values()):
                 self._finish(request, Delta(finish_reason="cancelled"))
 
-    def _admit(self, requests: SequenceOf[Request]) -> None:
+    def _take_in(self, count: int, make: Callable[[], SequenceOf[Request]]) -> SequenceOf[Request]:
+        """Queues the requests that `make` makes; meanwhile they count like those that wait.
+
+        Raises:
+          QueueFull: there are not so many places, before `make` has been called.
+          Unavailable: the service takes none.
+        """
         with self._changed:
+            self._check_live()
+            under_way = self._under_way() + self._coming
+            if under_way + count > self.max_requests:
+                raise QueueFull(f"{under_way} requests run and wait already, of at most {self.max_requests}; try again "
+                                "later")
+            self._coming += count
+        try:
+            requests = make()
+        except BaseException:
+            with self._changed:
+                self._coming -= count
+            raise
+        with self._changed:
+            self._coming -= count
             self._check_live()
             self._enter(requests)
             self._changed.notify_all()
+        return requests
+
+    def _under_way(self) -> int:
+        """Requests that have, or wait for, a row; called under the lock."""
+        return len(self._scheduler.waiting) + len(self._scheduler.running)
 
     def _enter(self, requests: SequenceOf[Request]) -> None:
         """Queues all of them or raises; called under the lock."""

@@ -7,7 +7,7 @@ import jax
 from llm_jax.kernels.attention import DenseContext
 from llm_jax.models.activations import mesh_axes
 from llm_jax.models.config import Execution
-from llm_jax.models.rows import CutContext, row_cut
+from llm_jax.models.rows import CutContext, laid_out_cut
 
 Array = jax.Array
 
@@ -15,8 +15,12 @@ Array = jax.Array
 def dense_context(execution: Execution, segment_ids_BT: Array | None = None, key_segment_ids_BS: Array | None = None,
                   causal: bool = True) -> DenseContext:
     """The context of whole rows (see `DenseContext`), computed as `Execution.attention` says by the activation rules in
-    force; where they cut rows among devices, as `Execution.sequence_attention` says."""
-    cut = row_cut()
+    force; where they cut rows among devices, as `Execution.sequence_attention` says.
+
+    Raises:
+      UserError: the rules cut rows, and these are not laid out for it (`rows.laid_out`).
+    """
+    cut = laid_out_cut()
     if cut is not None:
         return CutContext(segment_ids_BT, key_segment_ids_BS, causal, cut=cut, way=execution.sequence_attention)
     return DenseContext(segment_ids_BT, key_segment_ids_BS, causal, backend=execution.attention,

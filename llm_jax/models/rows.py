@@ -3,13 +3,16 @@ tokens lie, and attention among them.
 
 Wherever the rules divide "length", a row's tokens lie in the order of `parallel.sequence.row_order`. Everything but
 attention looks at a token alone, or at its position, which is given; so it is enough that a batch is brought into that
-order once (`lay_out`, which `objectives.next_token` calls), its targets with it.
+order once (`laid_out`, in which `objectives.next_token` calls the model), its targets with it. A model that is called
+outside of it, whose rows would be in any other order, refuses.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +25,8 @@ from llm_jax.models.activations import constrained, mesh_axes
 from llm_jax.parallel.sequence import RowCut, row_attention, row_order
 
 Array = jax.Array
+
+_is_laid_out = contextvars.ContextVar("is_laid_out", default=False)
 
 
 @jax.tree_util.register_dataclass
@@ -47,13 +52,41 @@ def row_cut() -> RowCut | None:
     return RowCut(axes[0], mesh.shape[axes[0]], mesh_axes("batch"), mesh_axes("activation_heads"))
 
 
-def lay_out(batch: Mapping[str, Array]) -> dict[str, Array]:
+def laid_out_cut() -> RowCut | None:
+    """`row_cut` of rows that a model is given.
+
+    Raises:
+      UserError: they are cut, and nobody has brought them into the order for it.
+    """
+    cut = row_cut()
+    if cut is not None and not _is_laid_out.get():
+        raise UserError(f"the rules in force divide the tokens of a row among {cut.parts} devices ({cut.axis}), and "
+                        "these rows are not in the order for that: call the model inside of `models.rows.laid_out`, as "
+                        "`objectives.next_token` does, or leave MeshConfig.sequence at 1")
+    return cut
+
+
+@contextlib.contextmanager
+def laid_out(batch: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """A batch as the rules in force lay it out: as it is, or its tokens in the order in which devices share a row's.
+
+    Within the context a model may be called with such rows; what it gives is in their order.
 
     Args:
       batch: arrays [B, T]. Neighbours may be no neighbours afterwards, so what is told by the next token has to be
         there already: `targets` and `weights`. Without `positions` they are 0, 1, 2, … along the row.
+
+    Raises:
+      UserError: the rules can't divide rows of this length.
     """
+    token = _is_laid_out.set(True)
+    try:
+        yield _in_order(batch)
+    finally:
+        _is_laid_out.reset(token)
+
+
+def _in_order(batch: Mapping[str, Array]) -> dict[str, Array]:
     cut, T = row_cut(), batch["tokens"].shape[1]
     if cut is None:
         return dict(batch)

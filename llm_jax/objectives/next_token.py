@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.models import ModelConfig, router_by_layer
-from llm_jax.models.rows import lay_out
+from llm_jax.models.rows import laid_out
 from llm_jax.objectives.balance import balance_loss
 from llm_jax.objectives.chunked_loss import chunked_sums
 
@@ -81,14 +81,14 @@ def next_token_sums(apply: Apply, params: Any, batch: Batch, rng: Array | None =
     """
     experts = None if config is None else config.experts
     targets_BT, weights_BT = targets_and_weights(batch)
-    batch = lay_out({**batch, "targets": targets_BT, "weights": weights_BT})
-    targets_BT, weights_BT = batch["targets"], batch["weights"]
     streams = {} if rng is None else {"rngs": {"dropout": rng}}
     gathered: dict[str, Any] = {} if experts is None else {"mutable": ["router"]}
     if loss_chunk is not None:
         gathered |= {"method": "states"}
-    made: Any = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), **streams,
-                 **gathered)
+    with laid_out({**batch, "targets": targets_BT, "weights": weights_BT}) as batch:
+        made: Any = apply({"params": params}, batch["tokens"], batch.get("segment_ids"), batch.get("positions"),
+                          **streams, **gathered)
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
     if experts is not None:
         made, collections = made
     metrics: dict[str, Any]

@@ -177,7 +177,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, activations: Rules = ACTIVATIONS) -> NamedSharding:
     """Rows of a batch [B, T] as it is handed to a step: each device has its own rows, whole.
 
-    Where devices share the tokens of a row, each takes its own inside the step (`models.sharded.lay_out`): of a token's
+    Where devices share the tokens of a row, each takes its own inside the step (`models.rows.laid_out`): of a token's
     dozen bytes of numbers nothing is saved by cutting them before, and a process brings its rows whichever devices
     share them.
     """

@@ -44,6 +44,14 @@ class Evaluator:
         """Takes the evaluations of the run's earlier processes from its manifest."""
         self.gates = Gates(self.gates.config, manifest)
 
+    def rewind(self, run_dir: Any, step: int) -> None:
+        """Forgets evaluations after `step`, from where the run goes on, in the manifest too: their checkpoints are
+        gone, and others of the same steps may come, which would be promoted by what those were."""
+        if not self.gates.evaluations:
+            return
+        self.gates.rewind(step)
+        self._keep(run_dir)
+
     def evaluate(self, params: Any, watched: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> dict[str, float]:
         """The figures of `objectives.evaluation.evaluate_loss`; `watched` sees each batch pass."""
         with jax.set_mesh(self._parts.mesh), activation_rules(self._parts.rules.activations):
@@ -53,10 +61,13 @@ class Evaluator:
     def judge(self, run_dir: Any, step: int, figures: Mapping[str, float]) -> list[str]:
         """Notes the evaluation after `step` in the manifest, and what follows from it; returns what is to be said."""
         verdict = self.gates.add(step, figures)
-        if distributed.is_lead():
-            runs.update_manifest(run_dir, **self.gates.to_manifest())
+        self._keep(run_dir)
         stopping = f"stopped early at step {step}: {verdict.stop}" if verdict.stop else ""
         return [line for line in (self.gates.said(), stopping) if line]
+
+    def _keep(self, run_dir: Any) -> None:
+        if distributed.is_lead():
+            runs.update_manifest(run_dir, **self.gates.to_manifest())
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Kept if they are few."""

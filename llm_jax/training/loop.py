@@ -10,7 +10,7 @@ import errno
 import sys
 from typing import Any
 
-from llm_jax import compile_cache, runs, storage
+from llm_jax import checkpoints, compile_cache, runs, storage
 from llm_jax.data.documents import load_manifest
 from llm_jax.data.loader import DataConfig
 from llm_jax.errors import UserError
@@ -95,6 +95,7 @@ def train(
     _check_counts(num_steps=num_steps, log_every=log_every, checkpoint_every=checkpoint_every, keep=keep,
                   gradient_accumulation=gradient_accumulation)
     _check_counts(least=0, eval_every=eval_every, eval_batches=eval_batches)
+    checkpoints.check_place(run_dir)
     for place in (run_dir, data.data_dir):
         storage.check_reachable(place)
     data_manifest = load_manifest(data.data_dir, verify=False)

@@ -176,7 +176,7 @@ class Trainer(Assembly):
             pending.append((step, number, metrics))
             is_stopping = self._agree(stop, step)
             is_saving = step % checkpoint_every == 0 or step == self.num_steps or is_stopping
-            is_evaluating = (step % eval_every == 0 or step == self.num_steps) and not is_stopping
+            is_evaluating = step == self.num_steps or (step % eval_every == 0 and not is_stopping)
             is_saving |= is_evaluating and not self.evaluator.gates.config.is_idle  # what is best, or good, is kept
             if settle(0 if is_saving or is_evaluating else _LAG):
                 state = last = None  # whose memory is needed for the one that is restored
@@ -226,7 +226,7 @@ class Trainer(Assembly):
                                  num_devices=self.mesh.size, config=self.config, goodput=self.goodput, so_far=so_far)
         self.profiler = self.profiler or Profiler(self.report.profile_steps, self.run_dir / runs.LOGS,
                                                   self.reporter.say, distributed.is_lead())
-        self.evaluator.gates.rewind(first)
+        self.evaluator.rewind(self.run_dir, first)
         self.checkpoints.hold(self.evaluator.gates.held_steps)
         self.recovery.say = self.reporter.say
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 NO_KEY = "an API key is needed: send it as 'authorization: Bearer KEY'"
 WRONG_KEY = "the API key is not valid"
 _AUDIT_FILE = "audit.jsonl"
-_SPENDING = ("generate", "embed")  # the actions that use tokens
+SPENDING = ("generate", "embed")  # the actions that use tokens
 
 
 class Refused(Rejected):
@@ -190,7 +190,7 @@ class Guard:
             return
         keys = self._keys.now
         key = self._good(keys.by_id(identity.key_id))
-        quotas = _quotas(key, keys.tenants.get(key.tenant)) if action in _SPENDING else []
+        quotas = _quotas(key, keys.tenants.get(key.tenant)) if action in SPENDING else []
 
         def reserve(tokens: int) -> None:
             now = utc(self._now())

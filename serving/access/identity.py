@@ -10,7 +10,7 @@ from serving.logs import without_keys
 
 INTERFACES = ("grpc", "http", "websocket", "batch")
 ROLES = ("admin", "developer", "user", "read-only")
-ACTIONS = ("generate", "embed", "read", "files", "batch", "metrics", "admin")
+ACTIONS = ("generate", "embed", "read", "files", "batch", "metrics")
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 

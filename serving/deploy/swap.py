@@ -4,14 +4,16 @@
         --reload="nginx -p /etc/llm_jax/ -c nginx_grpc.conf -s reload"
 
 For instance n = 1, 2, …: take it out of gRPC's list, wait until nobody sends it anything new, restart it (which lets
-what runs on it finish: the server drains at SIGTERM), wait until it is ready, and put it back. HTTP needs no list: what
-reaches an instance that drains goes on to the next. The first instance that does not get ready is left out, and the
-rest as they are: they go on serving the old model. Needs nothing but Python.
+what runs on it finish: the server drains at SIGTERM), wait until another process than before is ready, and put it back.
+Which process it is says the `instance` of /readyz, so a restart may return before the old process has gone. HTTP needs
+no list: what reaches an instance that drains goes on to the next. The first instance that does not get ready is left
+out, and the rest as they are: they go on serving the old model. Needs nothing but Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -54,13 +56,33 @@ def mark(conf: pathlib.Path, n: int, down: bool) -> None:
     os.replace(new, path)
 
 
-def is_ready(url: str) -> bool:
-    """Whether the instance takes requests."""
+def is_ready(url: str, old: str = "") -> bool:
+    """Whether the instance takes requests, and is not the process `old`."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - an address of the operator's own list
-            return answer.status == 200
+            return answer.status == 200 and (not old or _instance(answer.read()) != old)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def identity(url: str) -> str:
+    """Which process answers, ready or not; "" if none does, or one that does not say."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - likewise
+            return _instance(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return _instance(error.read())
+    except (urllib.error.URLError, OSError):
+        return ""
+
+
+def _instance(body: bytes) -> str:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return ""
+    return str(found.get("instance", "")) if isinstance(found, dict) else ""
 
 
 def swap(conf: pathlib.Path, restart: Callable[[int], None], reload: Callable[[], None], *, ready: str,
@@ -69,9 +91,10 @@ def swap(conf: pathlib.Path, restart: Callable[[int], None], reload: Callable[[]
 
     Args:
       conf: folder of nginx's configuration, with the lists.
-      restart: ends instance n in order and starts it with the new model; may return before it is ready.
+      restart: ends instance n in order and starts it with the new model; may return before either has happened.
       reload: has gRPC's nginx read its configuration again.
-      ready: address that answers 200 when an instance takes requests, with {address} for its `host:port`.
+      ready: address that answers 200 when an instance takes requests, with {address} for its `host:port`; its JSON
+        says in `instance` which process that is.
       settle_s: how long an instance that was taken out may still be sent requests.
       timeout_s: how long an instance may take until it is ready.
       say: receives a line for each step.
@@ -86,12 +109,14 @@ def swap(conf: pathlib.Path, restart: Callable[[int], None], reload: Callable[[]
         say(f"instance {n} ({address}) is out of rotation")
         time.sleep(settle_s)
         began = time.monotonic()
-        restart(n)
         url = ready.format(address=address, n=n)
-        while not is_ready(url):
+        old = identity(url)
+        restart(n)
+        while not is_ready(url, old):
             if time.monotonic() - began > timeout_s:
-                raise Failed(f"instance {n} ({address}) was not ready after {timeout_s:g} s and stays out of rotation; "
-                             f"those after it still serve the old model")
+                still = "; the process that was to end still answers" if old and identity(url) == old else ""
+                raise Failed(f"instance {n} ({address}) was not ready after {timeout_s:g} s and stays out of rotation"
+                             f"{still}; those after it still serve the old model")
             time.sleep(0.2)
         mark(conf, n, down=False)
         reload()

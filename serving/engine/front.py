@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.inference.generation_config import SamplingDefaults
-from llm_jax.inference.request import Delta, SamplingParams
+from llm_jax.inference.request import Delta, QueueFull, SamplingParams
 
 MANY_TOKENS = 50_000  # of all samples' prompts: to take them in takes about 3 ms, in which no other call goes on
 MAX_PREPARING = 3  # requests taken in by other threads at once: a new grammar may take one two seconds
@@ -96,6 +96,7 @@ class InProcess:
     def __init__(self, service: Any) -> None:
         self.service = service
         self._preparing = asyncio.Semaphore(MAX_PREPARING)
+        self._coming = 0  # requests that another thread takes in, or that wait for one
 
     @property
     def tokenizer(self) -> Any:
@@ -133,15 +134,41 @@ class InProcess:
                              deadline_s: float | None = None) -> list[int]:
         submit = functools.partial(self.service.submit_samples, prompt_ids, params, listeners, priority, tenant=tenant,
                                    deadline_s=deadline_s)
-        if not takes_long(prompt_ids, params):
+        long = takes_long(prompt_ids, params)
+        self._check_room(len(params), long)
+        if not long:
             return submit()
-        async with self._preparing:
-            task = asyncio.ensure_future(asyncio.to_thread(submit))
-            try:
-                return await asyncio.shield(task)
-            except asyncio.CancelledError:  # the client left, but a thread can't be stopped
-                task.add_done_callback(self._cancel_all)
-                raise
+        self._coming += len(params)
+        try:
+            await self._preparing.acquire()
+        except BaseException:
+            self._coming -= len(params)
+            raise
+        task = asyncio.ensure_future(asyncio.to_thread(submit))
+        task.add_done_callback(functools.partial(self._taken_in, len(params)))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # the client left, but a thread can't be stopped, and keeps its place
+            task.add_done_callback(self._cancel_all)
+            raise
+
+    def _check_room(self, count: int, long: bool) -> None:
+        """What comes by another thread counts before the service knows of it.
+
+        Raises:
+          QueueFull: there is no room for so many more.
+        """
+        if not (self._coming or long):
+            return  # the service finds out
+        stats = self.service.stats()
+        under_way = stats["running"] + stats["waiting"] + self._coming
+        if under_way + count > self.max_requests:
+            raise QueueFull(f"{under_way} requests run and wait already, of at most {self.max_requests}; "
+                            "try again later")
+
+    def _taken_in(self, count: int, _task: asyncio.Future[list[int]]) -> None:
+        self._coming -= count
+        self._preparing.release()
 
     def _cancel_all(self, submitted: asyncio.Future[list[int]]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:
@@ -149,6 +176,7 @@ class InProcess:
                 self.service.cancel(request_id)
 
     async def embed(self, prompt_ids: Sequence[int], pooling: str, listener: Listener, priority: int = 0) -> int:
+        self._check_room(1, False)
         return self.service.embed(prompt_ids, pooling, listener, priority)
 
     def cancel(self, request_id: int) -> None:

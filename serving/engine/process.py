@@ -14,11 +14,12 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_jax.errors import UserError
-from llm_jax.inference.request import Delta, SamplingParams
+from llm_jax.inference.request import DeadlineExceeded, Delta, QueueFull, SamplingParams
 from serving import logs
 from serving.engine import wire
 from serving.engine.front import MAX_PREPARING, takes_long
@@ -84,23 +85,29 @@ class Facts:
 
 
 class Requests:
-    """The doors' requests to a service: theirs have numbers that the doors give them, before the service has."""
+    """The doors' requests to a service: theirs have numbers that the doors give them, before the service has.
+
+    What is taken in by another thread counts from its arrival among the requests that may run and wait together; so
+    does what was cancelled meanwhile, until that thread has done with it. So nothing piles up before the service.
+    """
 
     def __init__(self, service: Any, outbox: Outbox) -> None:
         self._service = service
         self._outbox = outbox
         self._open: dict[int, int | None] = {}  # the service's number; None while it is taken in
-        self._lock = threading.Lock()  # guards _open; nothing is called under it
+        self._given_up: set[int] = set()  # cancelled while they are taken in
+        self._lock = threading.Lock()  # guards both; nothing is called under it
         self._preparing = concurrent.futures.ThreadPoolExecutor(MAX_PREPARING, thread_name_prefix="intake")
 
     def submit(self, ids: Sequence[int], prompt_ids: Sequence[int], params: Sequence[SamplingParams], priority: int,
                tenant: str, deadline_s: float | None) -> None:
         """Queues the samples, and answers "accepted" or "refused"; what takes long is done by another thread."""
+        due = None if deadline_s is None else time.monotonic() + deadline_s
         take_in = functools.partial(
             self._take_in, ids, lambda listeners: self._service.submit_samples(
-                prompt_ids, params, listeners, priority, tenant=tenant, deadline_s=deadline_s))
-        with self._lock:
-            self._open.update(dict.fromkeys(ids))
+                prompt_ids, params, listeners, priority, tenant=tenant, deadline_s=_left_s(due)))
+        if not self._opened(ids):
+            return
         if takes_long(prompt_ids, params):
             self._preparing.submit(take_in)
         else:
@@ -108,23 +115,42 @@ class Requests:
 
     def embed(self, request_id: int, prompt_ids: Sequence[int], pooling: str, priority: int) -> None:
         """The same, of an embedding."""
-        with self._lock:
-            self._open[request_id] = None
-        self._take_in([request_id], lambda listeners: [self._service.embed(prompt_ids, pooling, *listeners, priority)])
+        if self._opened([request_id]):
+            self._take_in([request_id],
+                          lambda listeners: [self._service.embed(prompt_ids, pooling, *listeners, priority)])
 
     def cancel(self, ids: Sequence[int]) -> None:
         """Ends requests, also those that are being taken in; nobody hears of them any more."""
         with self._lock:
+            self._given_up.update(i for i in ids if self._open.get(i, 0) is None)
             found = [self._open.pop(i, None) for i in ids]
         for i, number in zip(ids, found, strict=True):
             self._outbox.drop(i)
             if number is not None:
                 self._service.cancel(number)
 
-    def _take_in(self, ids: Sequence[int], submit: Callable[[list[Callable[[Delta], None]]], list[int]]) -> None:
+    def _opened(self, ids: Sequence[int]) -> bool:
+        """Whether there are places for so many requests; they are refused if not."""
         with self._lock:
-            if not any(i in self._open for i in ids):
-                return  # cancelled before its turn came
+            most, under_way = self._service.max_requests, len(self._open) + len(self._given_up)
+            if has_room := under_way + len(ids) <= most:
+                self._open.update(dict.fromkeys(ids))
+        if not has_room:
+            self._outbox.answer("refused", ids[0], QueueFull(
+                f"{under_way} requests run and wait already, of at most {most}; try again later"))
+        return has_room
+
+    def _take_in(self, ids: Sequence[int], submit: Callable[[list[Callable[[Delta], None]]], list[int]]) -> None:
+        try:
+            with self._lock:
+                if not any(i in self._open for i in ids):
+                    return  # cancelled before its turn came
+            self._submit(ids, submit)
+        finally:
+            with self._lock:
+                self._given_up.difference_update(ids)
+
+    def _submit(self, ids: Sequence[int], submit: Callable[[list[Callable[[Delta], None]]], list[int]]) -> None:
         try:
             numbers = submit([functools.partial(self._hear, i) for i in ids])
         except Exception as error:  # noqa: BLE001 - it is the caller's
@@ -238,6 +264,18 @@ class Engine:
         elif kind == "drain":
             self._draining = True
             self._service.begin_drain()
+
+
+def _left_s(due: float | None) -> float | None:
+    """Seconds until a deadline that counts while a request is taken in.
+
+    Raises:
+      DeadlineExceeded: there are none.
+    """
+    left_s = None if due is None else due - time.monotonic()
+    if left_s is not None and left_s <= 0:
+        raise DeadlineExceeded("the request's deadline passed before it was taken in")
+    return left_s
 
 
 def _say(line: str) -> None:

@@ -30,13 +30,11 @@ from serving.http import (
 )
 from serving.http.batch_runner import BatchRunner
 from serving.http.batch_store import BatchStore
-from serving.http.deps import ModelInfo, caller, make_router, max_body_bytes
+from serving.http.deps import ModelInfo, max_body_bytes
 from serving.http.file_store import FileStore
+from serving.http.long_work import LongWork
 from serving.http.middleware import Outermost
-from serving.http.sse import EventStream, unless_gone
 from serving.state import State
-
-__all__ = ["EventStream", "ModelInfo", "caller", "make_app", "make_router", "unless_gone"]
 
 _DESCRIPTION = """OpenAI's interface to one model, with this engine's own fields beside it. Fields that are absent or
 null are as the model came configured. A field that is not listed is refused by its name. Every answer has the header
@@ -53,6 +51,7 @@ def make_app(calls: Calls, info: ModelInfo, *, state: State | None = None) -> Fa
     """
     store = FileStore(state) if state else None
     queue = BatchStore(store) if store else None
+    work = LongWork()
     runner: BatchRunner | None = None
 
     @contextlib.asynccontextmanager
@@ -60,6 +59,7 @@ def make_app(calls: Calls, info: ModelInfo, *, state: State | None = None) -> Fa
         if runner:
             runner.start()
         yield
+        work.close()
         if runner:
             await runner.stop()
         if store:
@@ -71,12 +71,13 @@ def make_app(calls: Calls, info: ModelInfo, *, state: State | None = None) -> Fa
         responses={"4XX": {"model": errors.ErrorBody, "description": "The request is refused; why, and what is right."},
                    "5XX": {"model": errors.ErrorBody, "description": "The server can't answer it, or failed."}},
         generate_unique_id_function=lambda route: route.name, lifespan=running)
-    app.add_middleware(Outermost)
+    app.add_middleware(Outermost, calls=calls)
     errors.install(app)
     if queue:
         runner = BatchRunner(queue, app, max_line_bytes=max_body_bytes(calls), is_live=lambda: calls.is_live)
-    for part in (health, models, completions, chat, responses, embeddings, tokenize):
+    for part in (health, models, completions, chat, responses, embeddings):
         app.include_router(part.router(calls, info))
+    app.include_router(tokenize.router(calls, info, work))
     app.include_router(websocket.router(calls))
     app.include_router(page.router())
     app.include_router(files.router(calls, store))

@@ -12,6 +12,7 @@ from llm_jax.inference.request import Delta
 from serving.admission import Admission
 from serving.calls import Calls
 from serving.errors import invalid
+from serving.http.answering import answered
 from serving.http.chat_schemas import (
     AllowedToolsChoice,
     ChatCompletion,
@@ -22,10 +23,9 @@ from serving.http.chat_schemas import (
 from serving.http.completions import STREAM
 from serving.http.conversation import Conversations, asked_for, constraint_names
 from serving.http.deps import ModelInfo, caller, make_router
-from serving.http.errors import json_response
 from serving.http.response_format import schema_of
 from serving.http.schemas import renamed, usage_body
-from serving.http.sse import Events, EventStream, unless_gone
+from serving.http.sse import Events
 from serving.http.tool_parsing import Arguments, Call, Content
 from serving.http.tools import Function, Toolbox
 from serving.http.turn import Turn, token_logprobs
@@ -39,17 +39,8 @@ def router(calls: Calls, info: ModelInfo) -> APIRouter:
     @routes.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
     async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
         """Says what comes next in a conversation."""
-        who, answer = caller(request), _Answer(calls, info, conversations, body)
-
-        async def in_one_piece() -> Response:
-            async with calls.admitted(who, "generate") as admission:
-                return json_response(await answer.whole(admission))
-
-        async def as_events(events: Events) -> None:
-            async with calls.admitted(who, "generate") as admission:
-                await answer.stream(admission, events)
-
-        return EventStream(as_events) if body.stream else await unless_gone(request, in_one_piece())
+        answer = _Answer(calls, info, conversations, body)
+        return await answered(calls, request, caller(request), answer, body.stream)
 
     return routes
 

@@ -10,13 +10,16 @@ from pydantic_core import PydanticCustomError
 
 from llm_jax.inference.request import MAX_LOGPROBS
 from serving.http.response_format import ResponseFormat
-from serving.http.schemas import INT32, Body, CompletionUsage, SamplingFields
+from serving.http.schemas import INT32, Body, CompletionUsage, SamplingFields, unsupported
 from serving.http.tools import MAX_TOOLS
 
 MAX_MESSAGES = 2048
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
-UNSUPPORTED = Field(None, description="Not supported; null is accepted.")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Unsupported = Annotated[None, unsupported("the model reads and writes text")]
+Breakpoint = Annotated[dict[str, Any] | None, Field(
+    description="Accepted; the prefix cache finds what is the same by itself.")]
 
 
 class TextPart(Body):
@@ -24,6 +27,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Breakpoint = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -84,8 +88,8 @@ class AssistantMessage(Body):
     refusal: str | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    function_call: None = UNSUPPORTED
-    audio: None = UNSUPPORTED
+    function_call: Annotated[None, unsupported("calls are in tool_calls")] = None
+    audio: Unsupported = None
     annotations: list[Any] | None = Field(None, description="As answers hold it; not read.")
 
 
@@ -149,6 +153,13 @@ ToolChoice = (Literal["none", "auto", "required"]
               | Annotated[NamedTool | AllowedToolsChoice, Field(discriminator="type")])
 
 
+class CacheOptions(Body):
+    """For caches that have to be told what to keep."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+
+
 class TemplateFields(SamplingFields):
     """What requests for a turn of a conversation have in common."""
 
@@ -160,6 +171,10 @@ class TemplateFields(SamplingFields):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one.")
     prompt_cache_key: str | None = Field(None, description="Accepted; the prefix cache finds what is the same.")
+    prompt_cache_options: CacheOptions | None = Field(None, description="Accepted; changes nothing.")
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="Accepted; what is cached is "
+                                                                       "in memory.")
+    moderation: Annotated[None, unsupported("there is no model for it; content filters are the operator's")] = None
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
 
 
@@ -173,14 +188,15 @@ class ChatRequest(TemplateFields):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        None, description="For chat templates that read it; refused by others.")
+    reasoning_effort: Effort | None = Field(None, description="For chat templates that read it; refused by others.")
+    verbosity: Literal["medium"] | None = Field(None, description="The model knows no other.")
     store: Literal[False] | None = Field(None, description="Nothing is kept; `/v1/responses` can.")
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    functions: None = UNSUPPORTED
-    function_call: None = UNSUPPORTED
-    audio: None = UNSUPPORTED
-    prediction: None = UNSUPPORTED
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=2)] | None = None
+    functions: Annotated[None, unsupported("it is the older form of tools: send those")] = None
+    function_call: Annotated[None, unsupported("it is the older form of tool_choice: send that")] = None
+    audio: Unsupported = None
+    prediction: Annotated[None, unsupported("what may be proposed is looked up in the request's own text")] = None
+    web_search_options: Annotated[None, unsupported("nothing is searched for")] = None
 
 
 class FunctionCall(pydantic.BaseModel):

@@ -20,12 +20,12 @@ from serving.asking import MAX_SAMPLES
 from serving.calls import Calls
 from serving.errors import invalid
 from serving.http import prompts
+from serving.http.answering import answered
 from serving.http.deps import ModelInfo, caller, make_router
-from serving.http.errors import json_response
 from serving.http.logprobs import CompletionLogprobs
 from serving.http.prompts import MAX_PROMPTS, Prompt, Prompts, together
 from serving.http.schemas import INT32, CompletionUsage, SamplingFields, renamed, unsupported, usage_body
-from serving.http.sse import Events, EventStream, unless_gone
+from serving.http.sse import Events, described
 from serving.mailbox import Gathered
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
@@ -92,9 +92,8 @@ class Completion(pydantic.BaseModel):
     usage: CompletionUsage | None = None
 
 
-STREAM = {200: {"content": {"text/event-stream": {"schema": {
-    "type": "string", "description": "With stream: an event for each piece, then `data: [DONE]`. A request that fails "
-                                     "on the way ends with an event that holds the error, and no [DONE]."}}}}}
+STREAM = described("With stream: an event for each piece, then `data: [DONE]`. A request that fails on the way ends "
+                   "with an event that holds the error, and no [DONE].")
 
 
 def router(calls: Calls, info: ModelInfo) -> APIRouter:
@@ -104,17 +103,7 @@ def router(calls: Calls, info: ModelInfo) -> APIRouter:
     @routes.post("/completions", response_model=Completion, responses=STREAM)
     async def create_completion(request: Request, body: CompletionRequest) -> Response:
         """Goes on with a text, or with each of several."""
-        who, answer = caller(request), _Answer(calls, info, body)
-
-        async def in_one_piece() -> Response:
-            async with calls.admitted(who, "generate") as admission:
-                return json_response(await answer.whole(admission))
-
-        async def as_events(events: Events) -> None:
-            async with calls.admitted(who, "generate") as admission:
-                await answer.stream(admission, events)
-
-        return EventStream(as_events) if body.stream else await unless_gone(request, in_one_piece())
+        return await answered(calls, request, caller(request), _Answer(calls, info, body), body.stream)
 
     return routes
 
@@ -137,7 +126,7 @@ class _Answer:
             deltas = await self._calls.collect(**arguments, admission=admission)
             found.update((choice["index"], choice) for choice in await choices.told(dict(enumerate(deltas))))
 
-        await self._each_prompt(one)
+        await self._each_prompt(admission, one)
         return self._head | {"choices": [found[i] for i in sorted(found)], "usage": self._usage(admission)}
 
     async def stream(self, admission: Admission, events: Events) -> None:
@@ -151,11 +140,12 @@ class _Answer:
 
             await self._calls.stream(**arguments, write=write, admission=admission)
 
-        await self._each_prompt(one)
+        await self._each_prompt(admission, one)
         if self._body.wants_usage:
             await events.send(self._head | {"choices": [], "usage": self._usage(admission)})
 
-    async def _each_prompt(self, one: Callable[[_Choices, dict[str, Any]], Awaitable[None]]) -> None:
+    async def _each_prompt(self, admission: Admission,
+                           one: Callable[[_Choices, dict[str, Any]], Awaitable[None]]) -> None:
         """Runs `one` for every prompt, so many at a time that the engine's queue has room for them."""
         body, calls = self._body, self._calls
         self._info.check(body.model)
@@ -166,6 +156,8 @@ class _Answer:
         drawn = max(body.best_of or 0, body.num_samples)
         with renamed():
             asked = [self._arguments(prompt) for prompt in read]
+            admission.reserve_all(sum(calls.most_tokens(prompt.ids, drawn, arguments["sampling"].max_tokens)
+                                      for prompt, arguments in zip(read, asked, strict=True)))
             await together([functools.partial(
                 one, _Choices(i * body.num_samples, prompt, body, calls.front.tokenizer), arguments)
                 for i, (prompt, arguments) in enumerate(zip(read, asked, strict=True))],

@@ -12,7 +12,7 @@ from llm_jax.errors import UserError
 from llm_jax.inference.request import Constraint
 from serving.asking import LONG_TEXT
 from serving.calls import Calls
-from serving.errors import Reason, invalid
+from serving.errors import invalid
 from serving.http.chat_schemas import (
     AssistantMessage,
     Message,
@@ -21,7 +21,7 @@ from serving.http.chat_schemas import (
     TextPart,
     ToolMessage,
 )
-from serving.http.errors import Refused
+from serving.http.errors import too_long
 from serving.http.tool_formats import FORMATS
 from serving.http.tools import Function, Toolbox, ToolSyntax, json_constraint
 
@@ -45,6 +45,7 @@ class Conversations:
         self._calls = calls
         tokenizer = calls.front.tokenizer
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._token_bytes = _most_bytes(tokenizer) if self._has_template else None
         self._source = "\n".join(templates.templates(tokenizer.files).values()) if self._has_template else ""
         self._syntax = ToolSyntax.of(tokenizer, tool_format)
 
@@ -170,7 +171,7 @@ class Conversations:
         return found
 
     async def encode(self, messages: Sequence[Mapping[str, Any]], toolbox: Toolbox | None,
-                     variables: Mapping[str, Any], field: str, must_fit: bool = True) -> list[int]:
+                     variables: Mapping[str, Any], field: str) -> list[int]:
         """The tokens of a conversation up to where the model goes on.
 
         Args:
@@ -178,35 +179,55 @@ class Conversations:
           toolbox: what may be called.
           variables: as `variables` gives them.
           field: where the request has the conversation.
-          must_fit: whether there must be room for an answer.
 
         Raises:
-          Rejected: the template refuses it, or it does not fit.
+          Rejected: the template refuses it, or it leaves no room for an answer; one that is far too long is not even
+            tokenized.
         """
-        self.check_template(field)
-        tokenizer = self._calls.front.tokenizer
 
         def encoded() -> list[int]:
-            tools = toolbox.for_template() if toolbox else None
-            text = tokenizer.render_chat(messages, tools, **variables) + (toolbox.prompt if toolbox else "")
-            return tokenizer.encode(text, special=True)
+            text = self.render(messages, toolbox, variables, field)
+            if self._token_bytes is not None:
+                self._check_length(-(-len(text.encode(errors="replace")) // self._token_bytes), "at least ", field)
+            return self._calls.front.tokenizer.encode(text, special=True)
 
+        # What takes more than a millisecond leaves the event loop to other calls.
+        short = len(messages) <= SHORT and sum(len(message["content"]) for message in messages) < LONG_TEXT // 4
+        ids = encoded() if short and toolbox is None and not variables else await asyncio.to_thread(encoded)
+        self._check_length(len(ids), "", field)
+        return ids
+
+    def render(self, messages: Sequence[Mapping[str, Any]], toolbox: Toolbox | None, variables: Mapping[str, Any],
+               field: str) -> str:
+        """The text of a conversation up to where the model goes on, special tokens spelled out.
+
+        Args:
+          as of `encode`.
+
+        Raises:
+          Rejected: the template refuses it.
+        """
+        self.check_template(field)
+        tools = toolbox.for_template() if toolbox else None
         try:
-            # What takes more than a millisecond leaves the event loop to other calls.
-            short = len(messages) <= SHORT and sum(len(message["content"]) for message in messages) < LONG_TEXT // 4
-            if short and toolbox is None and not variables:
-                ids = encoded()
-            else:
-                ids = await asyncio.to_thread(encoded)
+            text = self._calls.front.tokenizer.render_chat(messages, tools, **variables)
         except UserError as error:  # it names files of the server's
             raise invalid("the model's chat template refuses the conversation: "
                           + str(error).split(" refuses: ", 1)[-1], field) from error
+        return text + (toolbox.prompt if toolbox else "")
+
+    def _check_length(self, num_tokens: int, least: str, field: str) -> None:
         front = self._calls.front
-        if must_fit and len(ids) > front.max_prompt_tokens:
-            message = (f"the conversation has {len(ids)} tokens; at most {front.max_prompt_tokens} fit (context "
-                       f"{front.max_context}, one for the answer)")
-            raise Refused(Reason.INVALID, message, "context_length_exceeded", field=field)
-        return ids
+        if num_tokens > front.max_prompt_tokens:
+            raise too_long(f"the conversation has {least}{num_tokens} tokens; at most {front.max_prompt_tokens} fit "
+                           f"(context {front.max_context}, one for the answer)", field)
+
+
+def _most_bytes(tokenizer: Any) -> int | None:
+    """Bytes of a rendered conversation that one token can stand for; None if there is no limit."""
+    if tokenizer.max_token_bytes is None:
+        return None
+    return max(tokenizer.max_token_bytes, *(len(tokenizer.token_text(i).encode()) for i in tokenizer.special_ids), 1)
 
 
 def _text(content: Any) -> str:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 
 from serving.access.browsers import foreign_page
 from serving.access.identity import Caller
@@ -97,7 +97,9 @@ class JsonRequest(Request):
             try:
                 self._json = pydantic_core.from_json(await self.body(), allow_inf_nan=False)
             except ValueError as error:
-                raise json.JSONDecodeError(str(error), "", 0) from None
+                packed = self.headers.get("content-encoding")
+                why = f"it is sent as {packed[:80]!r}, and must not be compressed" if packed else str(error)
+                raise json.JSONDecodeError(why, "", 0) from None
         return self._json
 
 
@@ -123,15 +125,24 @@ def make_router(calls: Calls, action: str, **options: Any) -> APIRouter:
                 except RequestValidationError as error:
                     fault = rejected_of(error)
                 except HTTPException as error:
-                    if error.status_code != 413:
+                    if (found := _body_fault(request, error)) is None:
                         raise
-                    fault = too_large(request)
+                    fault = found
                 async with calls.admitted(who, action):
                     raise fault
 
             return asked_first
 
     return APIRouter(route_class=Route, max_body_size=max_body_bytes(calls), **options)
+
+
+def _body_fault(request: Request, error: HTTPException) -> Rejected | None:
+    """What went wrong while the body was read; None if it was something else."""
+    if isinstance(error.__cause__, ClientDisconnect):
+        return Rejected(Reason.CANCELLED, "the client left before its request was here")
+    if error.status_code == 408:
+        return Rejected(Reason.TOO_SLOW, error.detail)
+    return too_large(request) if error.status_code == 413 else None
 
 
 def max_body_bytes(calls: Calls) -> int:

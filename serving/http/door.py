@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -13,6 +13,7 @@ import uvicorn
 from llm_jax.errors import UserError
 from serving.access.tls import Tls
 from serving.http.protocol import BoundedHttp
+from serving.http.ws_protocol import BoundedWebSocket
 
 END_S = 2  # for answers that are still being sent when everything is over
 KEEP_ALIVE_S = 75  # longer than a proxy keeps a connection that it may use again (nginx: 60)
@@ -31,13 +32,18 @@ class HttpDoor:
       app: the application.
       sockets: bound, not listening yet; closed by `stop`.
       tls: None speaks plain text.
+      trusted_proxies: addresses and networks of those whose `X-Forwarded-For` and `-Proto` are believed; nobody else's
+        are, this machine's own included.
     """
 
-    def __init__(self, app: Any, sockets: list[socket.socket], tls: Tls | None = None) -> None:
+    def __init__(self, app: Any, sockets: list[socket.socket], tls: Tls | None = None,
+                 trusted_proxies: Sequence[str] = ()) -> None:
         self._sockets = sockets
         self._server = _Server(uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=END_S,
+            # Without a list of its own uvicorn would ask the environment, and else believe everything on loopback.
+            ws=BoundedWebSocket, proxy_headers=bool(trusted_proxies), forwarded_allow_ips=list(trusted_proxies),
             **(tls.uvicorn() if tls else {"http": BoundedHttp})))
         self._task: asyncio.Task[None] | None = None
 

@@ -31,7 +31,8 @@ class EmbeddingRequest(Body):
 
     pooling: Literal["mean", "last"] | None = Field(None, description="Of the hidden states; mean if absent.")
     normalize: bool | None = Field(None, description="Scale to length 1, as OpenAI's are; true if absent.")
-    priority: int | None = Field(None, ge=-INT32 - 1, le=INT32, description="Larger goes first among those that wait.")
+    priority: int | None = Field(None, ge=-INT32 - 1, le=INT32, description="Larger goes first among those that wait; "
+                                 "from -1000 to 100 (admin, or no keys), 10 (developer) or 0 (user).")
 
 
 class Embedding(pydantic.BaseModel):
@@ -71,6 +72,7 @@ def router(calls: Calls, info: ModelInfo) -> APIRouter:
             async with calls.admitted(who, "embed") as admission:
                 info.check(body.model)
                 read = await prompts.read(calls, prompts.listed(body.input), "input")
+                admission.reserve_all(sum(len(one.ids) for one in read))
                 found: list[Delta] = []
                 with renamed({"prompt": "input"}):
                     for start in range(0, len(read), calls.max_samples):

@@ -18,6 +18,7 @@ from serving.errors import Reason, Rejected, as_rejected
 
 MAX_MESSAGE_BYTES = 1500  # a value that a message quotes may be of any length
 MAX_NAME_CHARACTERS = 200
+UNROUTED = "llm_jax.unrouted"  # in a request's state: with which status it ended before anybody admitted it
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _TAG_ERRORS = ("union_tag_invalid", "union_tag_not_found")  # the field that tells a union's alternatives apart
 
@@ -43,6 +44,22 @@ class Refused(Rejected):
     def __init__(self, reason: Reason, message: str, code: str, *, field: str | None = None) -> None:
         super().__init__(reason, message, field=field)
         self.code = code
+
+
+def missing(field: str, more: str = "") -> Refused:
+    """A field is absent that must be there; `more` goes behind its name."""
+    return Refused(Reason.INVALID, f"missing required parameter: '{field}'{more}", "missing_required_parameter",
+                   field=field)
+
+
+def no_json(what: str, why: object) -> Refused:
+    """`what` was sent ("body", "message") is not JSON."""
+    return Refused(Reason.INVALID, f"the {what} is not valid JSON: {why!s:.200}", "invalid_json")
+
+
+def too_long(message: str, field: str) -> Refused:
+    """What the model would have to read leaves no room in its context."""
+    return Refused(Reason.INVALID, message, "context_length_exceeded", field=field)
 
 
 def rejected_of(error: Exception) -> Rejected:
@@ -90,6 +107,7 @@ def install(app: FastAPI) -> None:
 
     async def unrouted(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        request.scope["state"][UNROUTED] = error.status_code
         return _http_exception(request, error)
 
     for kind in (Rejected, RequestValidationError, UserError):
@@ -129,8 +147,7 @@ def _validation(found: Sequence[Mapping[str, Any]], body: Any) -> Rejected:
     where = _spelled(path) or None
     match error["type"]:
         case "json_invalid":
-            message = f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
-            return Refused(Reason.INVALID, message, "invalid_json")
+            return no_json("body", error.get("ctx", {}).get("error", ""))
         case "extra_forbidden":
             return Refused(Reason.INVALID, f"unknown parameter: '{where}'", "unknown_parameter", field=where)
         case "unsupported":
@@ -139,8 +156,9 @@ def _validation(found: Sequence[Mapping[str, Any]], body: Any) -> Rejected:
             wants = f"must be one of {error['ctx']['expected_tags']}, not '{error['ctx']['tag']:.80}'"
             return Refused(Reason.INVALID, f"{where} {wants}", Reason.INVALID.value.code, field=where)
         case "missing" | "union_tag_not_found":
-            what = f"missing required parameter: '{where}'" if where else "the request has no body: send a JSON object"
-            return Refused(Reason.INVALID, what, "missing_required_parameter", field=where)
+            if where:
+                return missing(where)
+            return Refused(Reason.INVALID, "the request has no body: send a JSON object", "missing_required_parameter")
     if where is None:
         return Refused(Reason.INVALID, "the body must be a JSON object, sent as content-type: application/json",
                        "invalid_type")

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from serving.calls import Calls
 from serving.errors import Reason, Rejected, invalid
 from serving.http.deps import caller, make_router
+from serving.http.errors import Refused, missing
 from serving.http.file_store import KEPT_S, MIN_KEPT_S, FileStore, StoredFile, too_large
 
 PURPOSES = ("batch",)
@@ -146,6 +147,8 @@ async def _form(request: Request, most: int) -> AsyncIterator[FormData]:
     except HTTPException as error:
         if error.status_code == 413:
             raise too_large(most) from None
+        if error.status_code == 408:
+            raise Rejected(Reason.TOO_SLOW, error.detail) from None
         raise invalid(f"the body is not the form that an upload is: {error.detail}") from None
     except ClientDisconnect:
         raise Rejected(Reason.CANCELLED, "the client left before the file was here") from None
@@ -159,15 +162,24 @@ def _upload(form: FormData) -> tuple[UploadFile, str, int]:
     """The file, what it is for, and for how many seconds it is kept."""
     for name in form:
         if name not in FIELDS:
-            raise invalid(f"unknown parameter: '{name:.80}'; an upload has {', '.join(FIELDS)}", name[:80])
+            raise Refused(Reason.INVALID, f"unknown parameter: '{name:.80}'; an upload has {', '.join(FIELDS)}",
+                          "unknown_parameter", field=name[:80])
     upload, purpose = form.get("file"), form.get("purpose")
+    if upload is None:
+        raise missing("file", ": the body must be a form (multipart/form-data) with a part of that name")
     if not isinstance(upload, UploadFile):
-        raise invalid("missing required parameter: 'file', as a part with a file name", "file")
+        raise Refused(Reason.INVALID, "file must be a part with a file name, not a plain field", "invalid_type",
+                      field="file")
+    if purpose is None:
+        raise missing("purpose")
     if purpose not in PURPOSES:
         raise invalid(f"purpose must be {' or '.join(map(repr, PURPOSES))}, not {purpose!r:.80}", "purpose")
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return upload, purpose, KEPT_S
+    for name, value in (("expires_after[anchor]", anchor), ("expires_after[seconds]", seconds)):
+        if value is None:
+            raise missing(name)
     if anchor != "created_at":
         raise invalid("expires_after.anchor must be 'created_at'", "expires_after[anchor]")
     if not isinstance(seconds, str) or not seconds.isdecimal() or not MIN_KEPT_S <= int(seconds[:9]) <= KEPT_S:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Literal
 
 import pydantic
@@ -18,12 +19,15 @@ class Health(pydantic.BaseModel):
     """How the server is."""
 
     status: Literal["ok", "ready", "not ready"]
+    instance: str | None = pydantic.Field(
+        None, description="Of /readyz: drawn when the process started, so that who restarts it knows the new one.")
 
 
 def router(calls: Calls, info: ModelInfo) -> APIRouter:
     """The three paths; the first two ask nobody for a key, because probes have none."""
     routes = APIRouter(tags=["operations"])
     guarded = make_router(calls, "metrics", tags=["operations"])
+    instance = secrets.token_hex(8)
 
     @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz", response_model=Health)
@@ -35,7 +39,8 @@ def router(calls: Calls, info: ModelInfo) -> APIRouter:
     @routes.get("/readyz", response_model=Health, responses={503: {"model": Health, "description": "Not now."}})
     async def readyz() -> Response:
         """200 while requests are taken, 503 while draining or without an engine: a balancer sends none then."""
-        return json_response({"status": "ready"}) if calls.is_live else json_response({"status": "not ready"}, 503)
+        live = calls.is_live
+        return json_response({"status": "ready" if live else "not ready", "instance": instance}, 200 if live else 503)
 
     @guarded.get("/metrics", response_class=Response,
                  responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

@@ -1,4 +1,7 @@
-"""Around every request: its id, a line in the log, no body that never ends, and an answer even to our own faults."""
+"""Around every request: its id, a line in the log, no body that never ends, and an answer even to our own faults.
+
+Whoever admits a request counts it and writes its audit line; for what nobody has admitted, that is done here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import logs
 from serving.access.identity import sane_request_id
-from serving.http.errors import error_response
+from serving.calls import Calls
+from serving.http import unrouted
+from serving.http.errors import UNROUTED, error_response
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +27,16 @@ QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few second
 
 
 class Outermost:
-    """ASGI middleware; puts `request_id` into the request's state and the log's context."""
+    """ASGI middleware; puts `request_id` into the request's state and the log's context.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+      app: what it stands around.
+      calls: the pipeline, for the audit lines of requests that never reach it.
+    """
+
+    def __init__(self, app: ASGIApp, calls: Calls) -> None:
         self._app = app
+        self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -44,6 +55,8 @@ class Outermost:
                 status = message.get("status", 101)
                 message.setdefault("headers", [])
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif message["type"] == "websocket.close" and not status:  # there is no WebSocket at this path
+                scope["state"][UNROUTED] = 404
             await send(message)
 
         try:
@@ -55,6 +68,7 @@ class Outermost:
             if not status and scope["type"] == "http":
                 await response(scope, receive, send_with_id)
         finally:
+            unrouted.write_down(self._calls, scope, time.monotonic() - began)
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
             log.log(level, "%s %s %d %.3f s", scope.get("method", "WEBSOCKET"), _printable(scope["path"]), status,
                     time.monotonic() - began)
@@ -73,6 +87,7 @@ def _hurried(receive: Receive) -> Receive:
             async with asyncio.timeout(BODY_TIMEOUT_S):  # `wait_for` of Python 3.11 may lose a cancellation
                 message = await receive()
         except TimeoutError:
+            # Of FastAPI's own kind: what else is raised here becomes a fault in the JSON.
             raise HTTPException(408, f"no more of the request's body came for {BODY_TIMEOUT_S:g} s") from None
         complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message

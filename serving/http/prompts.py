@@ -12,8 +12,10 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from llm_jax.errors import UserError
+from llm_jax.inference.request import PromptTooLong
 from serving.calls import Calls
 from serving.errors import Rejected, as_rejected, invalid
+from serving.http.errors import too_long
 from serving.http.schemas import TokenId
 
 MAX_PROMPTS = 2048  # of one request, as at OpenAI
@@ -68,8 +70,11 @@ async def read(calls: Calls, sent: Sequence[str | list[int]], field: str, add_bo
             if not ids:
                 raise invalid(f"the {field} has no tokens", field)
         except (Rejected, UserError) as error:
+            where = f"{field}[{i}]" if len(sent) > 1 else field
+            if isinstance(error, PromptTooLong):
+                raise too_long(str(error), where) from None
             rejected = as_rejected(error)
-            rejected.field = f"{field}[{i}]" if len(sent) > 1 else field
+            rejected.field = where
             raise rejected from None
         found.append(Prompt(ids, one if isinstance(one, str) else None))
         await asyncio.sleep(0)  # each may take some ms: other requests come in between

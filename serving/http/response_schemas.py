@@ -7,9 +7,17 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Discriminator, Field, Tag
 
-from serving.http.chat_schemas import UNSUPPORTED, CallId, FunctionName, TemplateFields
+from serving.http.chat_schemas import (
+    Breakpoint,
+    CacheOptions,
+    CallId,
+    Effort,
+    FunctionName,
+    TemplateFields,
+    Unsupported,
+)
 from serving.http.response_format import TextFormat
-from serving.http.schemas import INT32, Body
+from serving.http.schemas import INT32, Body, unsupported
 from serving.http.tools import MAX_TOOLS
 
 MAX_ITEMS = 2048
@@ -23,6 +31,7 @@ class InputText(Body):
 
     type: Literal["input_text"]
     text: str
+    prompt_cache_breakpoint: Breakpoint = None
 
 
 class OutputText(Body):
@@ -130,14 +139,24 @@ class TextConfig(Body):
 class Reasoning(Body):
     """How much to think, for chat templates that read it."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: None = UNSUPPORTED
+    effort: Effort | None = None
+    summary: Annotated[None, unsupported("what the model thinks aloud is part of its text")] = None
+    generate_summary: Annotated[None, unsupported("what the model thinks aloud is part of its text")] = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponseStreamOptions(Body):
     """Of a stream alone."""
 
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to hide lengths.")
+
+
+class ResponseCacheOptions(CacheOptions):
+    """The same, and what a response may ask of the cache."""
+
+    prewarm: Literal[False] | None = None
+    comparison_response_id: Annotated[None, unsupported("the cache is not compared")] = None
 
 
 class ResponseRequest(TemplateFields):
@@ -158,10 +177,16 @@ class ResponseRequest(TemplateFields):
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=8)] | None = None
     truncation: Literal["disabled"] | None = Field(None, description="What does not fit is refused.")
     stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
-    n: None = UNSUPPORTED
-    conversation: None = UNSUPPORTED
-    prompt: None = UNSUPPORTED
-    max_tool_calls: None = UNSUPPORTED
+    prompt_cache_options: ResponseCacheOptions | None = Field(  # type: ignore[assignment]
+        None, description="Accepted; changes nothing.")
+    n: Annotated[None, unsupported("a response is one answer")] = None
+    conversation: Annotated[None, unsupported("use previous_response_id")] = None
+    prompt: Annotated[None, unsupported("no prompts are kept here: send instructions and input")] = None
+    max_tool_calls: Annotated[None, unsupported("it is for tools that the server runs, and there are none")] = None
+    background_options: Annotated[None, unsupported("a response in the background begins at once")] = None
+    context_management: Annotated[None, unsupported("what does not fit is refused")] = None
+    access_programs: Annotated[None, unsupported("there are none")] = None
+    image: Unsupported = None
 
 
 class InputDetails(pydantic.BaseModel):

@@ -10,17 +10,17 @@ from fastapi import Response as HttpResponse
 
 from serving.calls import Calls
 from serving.errors import invalid
+from serving.http.answering import answered
 from serving.http.conversation import Conversations
 from serving.http.deps import ModelInfo, caller, make_router
 from serving.http.errors import json_response
 from serving.http.response_answer import ResponseAnswer
 from serving.http.response_schemas import DeletedResponse, ItemList, Response, ResponseRequest
 from serving.http.response_store import ResponseStore
-from serving.http.sse import Events, EventStream, unless_gone
+from serving.http.sse import described
 
-_STREAM = {200: {"content": {"text/event-stream": {"schema": {
-    "type": "string", "description": "With stream: `response.created`, what comes, and at last `response.completed`, "
-                                     "`response.incomplete` or `response.failed`."}}}}}
+_STREAM = described("With stream: `response.created`, what comes, and at last `response.completed`, "
+                    "`response.incomplete` or `response.failed`.")
 
 
 def router(calls: Calls, info: ModelInfo, *, store: ResponseStore | None = None) -> APIRouter:
@@ -34,20 +34,9 @@ def router(calls: Calls, info: ModelInfo, *, store: ResponseStore | None = None)
     async def create_response(request: Request, body: ResponseRequest) -> HttpResponse:
         """Says what comes next."""
         who, answer = caller(request), ResponseAnswer(calls, info, conversations, kept, body)
-
-        async def in_one_piece() -> HttpResponse:
-            async with calls.admitted(who, "generate") as admission:
-                return json_response(await answer.whole(admission))
-
-        async def as_events(events: Events) -> None:
-            async with calls.admitted(who, "generate") as admission:
-                await answer.stream(admission, events)
-
         if body.background:
             return json_response(await answer.in_background(who, background))
-        if body.stream:
-            return EventStream(as_events, done=None, failure=answer.failure)
-        return await unless_gone(request, in_one_piece())
+        return await answered(calls, request, who, answer, body.stream, done=None, failure=answer.failure)
 
     @routes.get("/{response_id}", response_model=Response)
     async def get_response(request: Request, response_id: str, stream: bool = False) -> HttpResponse:

@@ -90,7 +90,8 @@ class SamplingFields(Body):
     guided_json: dict[str, Any] | ConstraintText | None = Field(None, description="A JSON schema for the text.")
     guided_regex: ConstraintText | None = Field(None, description="A regular expression for the whole text.")
     guided_grammar: ConstraintText | None = Field(None, description="A Lark grammar for the text.")
-    priority: int | None = Field(None, ge=-INT32 - 1, le=INT32, description="Larger goes first among those that wait.")
+    priority: int | None = Field(None, ge=-INT32 - 1, le=INT32, description="Larger goes first among those that wait; "
+                                 "from -1000 to 100 (admin, or no keys), 10 (developer) or 0 (user).")
     deadline_seconds: float | None = Field(None, gt=0, description="After this it ends with what there is.")
 
     @property

@@ -31,6 +31,13 @@ _HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-con
 Result = TypeVar("Result")
 
 
+def described(what: str) -> dict[int | str, dict[str, Any]]:
+    """Of a path that may answer with events: `responses` for its OpenAPI document, with what they are."""
+    event = {"type": "object", "description": what, "required": ["data"], "properties": {
+        "data": {"type": "string", "description": "JSON, but for `[DONE]`."}, "event": {"type": "string"}}}
+    return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
+
+
 class Events:
     """The events of one answer. `send` waits while the reader lags: what is made meanwhile is merged behind it."""
 

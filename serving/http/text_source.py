@@ -64,6 +64,16 @@ class Source:
                 return False
         return True
 
+    def closing(self, wanted: str) -> Step[bool]:
+        """Reads `wanted` if it comes next, or as much of it as there is if the text ends in it; else nothing."""
+        start = self.at
+        for expected in wanted:
+            c = yield from self.take()
+            if c and c != expected:
+                self.at = start
+                return False
+        return True
+
     def until(self, end: str, most: int | None = None) -> Step[str | None]:
         """Reads up to and with `end`; what lies before it, or None if it does not come (in `most` characters)."""
         start = self.at

@@ -26,7 +26,7 @@ class JsonInTags(Parser):
             if not (yield from self._call_object()):
                 return False
             yield from source.skip_space()
-            if (yield from source.literal("</tool_call>")) or (yield from source.peek()) != "{":
+            if (yield from source.closing("</tool_call>")) or (yield from source.peek()) != "{":
                 return True
 
 
@@ -41,7 +41,7 @@ class JsonList(Parser):
             return False
         yield from self._source.skip_space()
         for closer in self._closers:
-            if (yield from self._source.literal(closer)):
+            if (yield from self._source.closing(closer)):
                 break
         return True
 
@@ -205,7 +205,7 @@ class DeepSeek(Parser):
         while True:
             yield from source.skip_space()
             if not (yield from source.literal("<｜tool▁call▁begin｜>")):
-                yield from source.literal("<｜tool▁calls▁end｜>")
+                yield from source.closing("<｜tool▁calls▁end｜>")
                 return any_call
             name = yield from source.until("<｜tool▁sep｜>", MAX_NAME)
             if name is None:
@@ -220,8 +220,8 @@ class DeepSeek(Parser):
             yield from self._argument_value()
             any_call = True
             yield from source.skip_space()
-            yield from source.literal("```")
-            yield from source.literal("<｜tool▁call▁end｜>")
+            yield from source.closing("```")
+            yield from source.closing("<｜tool▁call▁end｜>")
             source.forget()
 
 

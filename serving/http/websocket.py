@@ -7,8 +7,9 @@
             {"type": "done",  "id": "a", "choices": [{"index": 0, "finish_reason": "stop"}], "usage": {…}, …}
             {"type": "error", "id": "a", "status": 400, "error": {"message", "type", "param", "code"}, …}
 
-Each start is answered by deltas and then one "done" or "error". What is no start is answered by an "error" whose id is
-null, and costs the requests under way nothing. A request runs as over HTTP, and is merged for a slow reader there.
+Each start is answered by deltas and then one "done" or "error" of its id. What is no start, or has an id that is in
+use, is answered by an "error" whose id is null: it ends nothing. A request runs as over HTTP, and is merged for a slow
+reader there.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from serving.calls import Calls
 from serving.errors import Reason, Rejected, as_rejected, invalid
 from serving.http import inside
 from serving.http.deps import caller
-from serving.http.errors import error_body
+from serving.http.errors import Refused, error_body, missing, no_json
 
 PATH = "/v1/stream"
 SUBPROTOCOL = "llm-jax.v1"
 KEY_SUBPROTOCOL = "llm-jax.key."  # and the key: browsers can't send other headers
 MAX_REQUESTS = 32  # at once on one connection
 MAX_ID = 128  # characters
+MAX_FAULTS = 100  # messages of a connection that begin and end nothing
 MAX_MESSAGE_BYTES = 16 << 20  # uvicorn closes a connection with 1009 at more
 AUTH_S = 10.0  # for the first message, where it must have the key
 POLICY_VIOLATION, INTERNAL_ERROR = 1008, 1011
@@ -99,13 +101,17 @@ class _Connection:
         return who  # without a key: the guard has words for that
 
     async def _serve(self, who: Caller) -> None:
+        faults = 0
         try:
-            while True:
+            while faults < MAX_FAULTS:
                 try:
-                    self._obey(_read(await self._websocket.receive()), who)
-                    await asyncio.sleep(0)  # what was started begins, so that whoever cancels it is told
+                    await self._obey(_read(await self._websocket.receive()), who)
                 except Rejected as error:
+                    faults += 1
                     await self._tell_error(None, error)
+                # Many messages may be here already: what was started begins, and others than this client have a turn.
+                await asyncio.sleep(0)
+            await self._websocket.close(POLICY_VIOLATION, f"{MAX_FAULTS} messages were none of this protocol's")
         except WebSocketDisconnect:
             pass
         finally:
@@ -113,7 +119,7 @@ class _Connection:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _obey(self, message: dict[str, Any], who: Caller) -> None:
+    async def _obey(self, message: dict[str, Any], who: Caller) -> None:
         """Begins or cancels a request.
 
         Raises:
@@ -121,8 +127,15 @@ class _Connection:
         """
         match message.pop("type", None):
             case "start":
-                name, path, body = self._start(message)
+                name = _name(message)
+                if name in self._running:  # an end of that id would be taken for the other's
+                    raise invalid(f"the id {name!r} is that of a request that still runs", "id")
                 who = dataclasses.replace(who, request_id=sane_request_id(None))
+                try:
+                    path, body = self._asked(name, message)
+                except Rejected as fault:
+                    await self._refuse(name, fault, who)
+                    return
                 task = self._running[name] = asyncio.create_task(self._answer(name, path, body, who))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -132,24 +145,38 @@ class _Connection:
                     running.cancel()
             case "auth":
                 pass  # nobody asked, or it is known already
+            case None:
+                raise missing("type", ": 'start' or 'cancel'")
             case other:
                 raise invalid(f"type must be 'start' or 'cancel', not {other!r:.80}", "type")
 
-    def _start(self, message: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-        name = _name(message)
+    def _asked(self, name: str, message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Path and body of the request that a start stands for.
+
+        Raises:
+          Rejected: it stands for none, or for one too many.
+        """
         del message["id"]
-        if name in self._running:
-            raise invalid(f"the id {name!r} is that of a request that still runs", "id")
         if len(self._running) >= MAX_REQUESTS:
             raise Rejected(Reason.RATE_LIMITED, f"{name!r} was not started: one connection may have {MAX_REQUESTS} "
                            "requests at once", field="id")
         asked = [field for field in ENDPOINTS if field in message]
-        if len(asked) != 1:
+        if not asked:
+            raise missing("prompt", f": {name!r} was not started; give either 'prompt' or 'messages'")
+        if len(asked) > 1:
             raise invalid(f"{name!r} was not started: give either 'prompt' or 'messages'", "prompt")
         for field in ("stream", "stream_options"):
             if field in message:
                 raise invalid(f"{name!r} was not started: every answer is a stream; leave {field} out", field)
-        return name, ENDPOINTS[asked[0]], message | {"stream": True, "stream_options": {"include_usage": True}}
+        return ENDPOINTS[asked[0]], message | {"stream": True, "stream_options": {"include_usage": True}}
+
+    async def _refuse(self, name: str, fault: Rejected, who: Caller) -> None:
+        """Ends a request that can't begin: like one over HTTP it counts against its sender's limits and is audited."""
+        try:
+            async with self._calls.admitted(who, "generate"):
+                raise fault
+        except Rejected as error:
+            await self._tell_error(name, error, {"request_id": who.request_id})
 
     async def _answer(self, name: str, path: str, body: dict[str, Any], who: Caller) -> None:
         """Runs one request and tells how it ended."""
@@ -186,8 +213,9 @@ class _Connection:
         with contextlib.suppress(WebSocketDisconnect):
             await self._send({"type": last.pop("type"), "id": name, "request_id": who.request_id} | last)
 
-    async def _tell_error(self, name: str | None, error: Rejected) -> None:
-        await self._send({"type": "error", "id": name, "status": error.reason.value.http} | error_body(error))
+    async def _tell_error(self, name: str | None, error: Rejected, more: dict[str, str] | None = None) -> None:
+        await self._send({"type": "error", "id": name, "status": error.reason.value.http} | error_body(error)
+                         | (more or {}))
 
     async def _send(self, message: dict[str, Any]) -> None:
         """Waits while the client reads slowly.
@@ -260,20 +288,24 @@ def _read(message: Any) -> dict[str, Any]:
         raise WebSocketDisconnect(message.get("code", 1000))
     text = message.get("text")
     if text is None:
-        raise invalid("send text messages: each a JSON object")
+        raise Refused(Reason.INVALID, "send text messages: each a JSON object", "invalid_type")
     if len(text) > MAX_MESSAGE_BYTES:
         raise Rejected(Reason.TOO_LARGE, f"the message has more than {MAX_MESSAGE_BYTES} bytes")
     try:
         found = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise invalid(f"the message is not valid JSON: {error!s:.200}") from None
+        raise no_json("message", error) from None
     if not isinstance(found, dict):
-        raise invalid("the message is not a JSON object")
+        raise Refused(Reason.INVALID, "the message must be a JSON object", "invalid_type")
     return found
 
 
 def _name(message: dict[str, Any]) -> str:
-    name = message.get("id")
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_ID:
-        raise invalid(f"id must be a string of 1 to {MAX_ID} characters", "id")
+    name, wanted = message.get("id"), f"a string of 1 to {MAX_ID} characters"
+    if name is None:
+        raise missing("id", f": {wanted}")
+    if not isinstance(name, str):
+        raise Refused(Reason.INVALID, f"id must be {wanted}", "invalid_type", field="id")
+    if not 1 <= len(name) <= MAX_ID:
+        raise invalid(f"id must be {wanted}", "id")
     return name

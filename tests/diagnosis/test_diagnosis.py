@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import jax
+import numpy as np
 import pytest
 
 from experiments import compare_runs, inspect_run

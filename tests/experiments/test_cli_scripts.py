@@ -75,3 +75,20 @@ def test_print_config_of_training_replays(tmp_path):
     (tmp_path / "config.gin").write_text(shown.stdout)
     again = start("-m", "experiments.train", "--print_config", f"--gin_file={tmp_path / 'config.gin'}")
     assert again.stdout == shown.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_closes_the_pipe_is_no_error(unbuffered):
+    """Whether Python finds out while it prints or when it ends, nothing is said; the status is 0 or SIGPIPE's."""
+    command = f"{sys.executable} -m experiments.keys create --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False, timeout=60,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode in (0, 141) and done.stdout == done.stderr == b""
+
+
+def test_another_pipe_that_breaks_is_a_fault():
+    program = ("import os, sys\nfrom experiments import cli\n"
+               "def main():\n    read, write = os.pipe()\n    os.close(read)\n    os.write(write, b'x')\n"
+               "sys.exit(cli.run(main))\n")
+    done = start("-c", program)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr

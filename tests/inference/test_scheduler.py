@@ -293,6 +293,21 @@ def test_ageing_lets_nobody_starve(ageing_s, finishes):
         assert len(loop.finished) > 25 and max(j for j in loop.finished if j > 20) > 20
 
 
+def test_limits_of_what_has_ended_are_not_kept_until_their_time():
+    """Clients may give every request a deadline in a year."""
+    clock = [0.0]
+    scheduler = make(clock=lambda: clock[0], max_wait_s=1e9)
+    kept = sequence(0, 4, 4, deadline=5e8)
+    scheduler.add(kept)
+    for i in range(1, 5000):
+        one = sequence(i, 4, 4, deadline=3e7)
+        scheduler.add(one)
+        scheduler.remove(one)
+    assert len(scheduler._limits) < 1100
+    clock[0] = 6e8
+    assert scheduler.expired() == [kept]
+
+
 def test_deadlines_and_waiting_have_their_bounds():
     now = [0.0]
     s = make(max_rows=1, num_pages=20, clock=lambda: now[0], max_wait_s=10.0)

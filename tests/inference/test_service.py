@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from llm_jax.inference.generation import Completion, complete
-from llm_jax.inference.request import Delta, InvalidRequest, PromptTooLong, QueueFull, SamplingParams, Unavailable
+from llm_jax.inference.request import (
+    Constraint,
+    Delta,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+    Unavailable,
+)
 
 NEAR_TIE = 1e-4
 
@@ -274,6 +282,39 @@ def test_refusals(service):
                         ("stop", (1,)), ("temperature", "hot")]:
         with pytest.raises(InvalidRequest, match=name):
             SamplingParams(**{name: value})
+
+
+def test_what_is_taken_in_counts_against_the_queue(fresh):
+    """A grammar may take seconds to compile; its deadline counts meanwhile."""
+    s = fresh(max_queue=2)
+    go, begun, real = threading.Event(), threading.Semaphore(0), s._intake._all_grammars
+
+    def all_grammars():
+        begun.release()
+        go.wait(60)
+        return real()
+
+    s._intake._all_grammars = all_grammars
+    listeners = [Listening() for _ in range(s.max_requests)]
+    asked = SamplingParams(max_tokens=2, constraint=Constraint("regex", "ab"))
+    threads = [threading.Thread(target=s.submit, args=([1, 2], asked, one), kwargs={"deadline_s": None if i else 1e-3})
+               for i, one in enumerate(listeners)]
+    try:
+        for thread in threads:
+            thread.start()
+            assert begun.acquire(timeout=60)
+        for late in (lambda: s.submit([1], SamplingParams(), print), lambda: s.embed([1], "mean", print),
+                     lambda: s.submit([1], asked, print)):
+            with pytest.raises(QueueFull, match=f"of at most {s.max_requests}"):
+                late()
+        assert not begun.acquire(blocking=False)  # refused before anything is compiled for it
+    finally:
+        go.set()
+        for thread in threads:
+            thread.join()
+    ends = [one.rest()[-1].finish_reason for one in listeners]
+    assert ends[0] == "deadline" and set(ends[1:]) <= {"stop", "length"}
+    s.close()
 
 
 def test_a_full_queue_refuses_and_draining_lets_finish(fresh):

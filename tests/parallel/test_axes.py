@@ -28,7 +28,7 @@ SHARED = {
 # or tokens comes with weights that are gathered, one of heads and widths with a residual stream that is whole.
 ACTIVATIONS = {"data": 0.35, "fsdp": 0.35, "zero1": 0.35, "sequence": 0.35, "sequence, gathered": 0.35, "tensor": 0.7,
                "expert": 0.45, "data × fsdp × tensor": 0.3, "fsdp × sequence × tensor": 0.3,
-               "expert × sequence × tensor": 0.4}
+               "expert × sequence × tensor": 0.4, "pipeline × zero1 × sequence": 0.2, "sequence, local": 0.35}
 # Collectives that are written, and not the compiler's choice.
 WRITTEN = {"sequence": "collective-permute", "sequence, gathered": "all-gather", "expert": "reduce-scatter",
            "expert, capacity": "all-to-all", "pipeline × zero1 × sequence": "collective-permute", "fsdp": "all-to-all"}

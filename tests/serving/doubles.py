@@ -56,7 +56,8 @@ class FakeService:
     Attributes:
       submitted: (prompt ids, parameters, priority) of every accepted request, in order; of an embedding the parameters
         are its pooling.
-      terms: (tenant, deadline in seconds) of each call of `submit_samples`.
+      terms: (tenant, deadline in seconds) of each call of `submit_samples`. Of a deadline some has passed by then: see
+        `Left`.
       cancelled: ids of requests cancelled while they ran.
       faults: what happens instead of an answer, by the prompt's text: an exception to raise from `submit_samples`, or a
         Delta, or for each sample its deltas.
@@ -164,6 +165,16 @@ class FakeService:
                         self._running.pop(request_id, None)
                 self._listeners[request_id](delta)
             time.sleep(self._step_s)
+
+
+class Left:
+    """Equals what is left of a deadline that a client asked for, when the engine hears of it."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and 0.1 * self._deadline_s < other <= self._deadline_s
 
 
 def _text(prompt_ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import logging
 
+import httpx
 import pytest
 
 from llm_jax.errors import UserError
@@ -27,6 +28,7 @@ from serving.errors import Reason, Rejected
 from serving.metrics import Metrics
 from tests.serving.access.keyring import NOW, Keyring
 from tests.serving.doubles import FakeService, wait_until
+from tests.serving.http.conftest import running_app
 
 
 @pytest.fixture
@@ -278,3 +280,21 @@ def test_collected_is_what_was_streamed(service):
             whole += getattr(piece, name)
         assert whole == getattr(found, name)
     assert (found.finish_reason, found.usage) == (pieces[-1].finish_reason, pieces[-1].usage)
+
+
+@pytest.mark.parametrize(("path", "body", "tokens"), [
+    ("/v1/completions", {"prompt": ["ab"] * 70, "max_tokens": 2}, 70 * 5),
+    ("/v1/embeddings", {"input": ["ab"] * 70}, 70 * 3)])
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_request_of_many_parts_finds_all_its_tokens_or_is_refused_before_any_runs(keyring, path, body, tokens, short):
+    """Its last parts begin when the first have ended."""
+    key = keyring.add(tokens_per_day=tokens - short)
+    guard = keyring.guard()
+    with running_app(guard=guard) as app:
+        answer = httpx.post(app.url + path, json=body, headers={"x-api-key": key}, verify=False, timeout=30)
+        if short:
+            assert answer.status_code == 429 and answer.json()["error"]["code"] == "insufficient_quota"
+            assert not app.service.submitted
+        else:
+            assert answer.status_code == 200 and keyring.audited()[0]["tokens"] == tokens
+    guard.close()

@@ -11,12 +11,13 @@ from llm_jax.inference.request import Constraint, Delta, PromptLogprob, Sampling
 from serving import cache
 from serving.access.identity import Caller
 from serving.answering import Question
-from serving.cache import ResponseCache
+from serving.cache import Kept, ResponseCache
 from serving.calls import Calls
 from serving.metrics import Metrics
 from tests.serving.doubles import FakeService, wait_until
 
-ANSWER = [Delta("你好", (5, 6), (-0.5, -0.5), finish_reason="stop", usage=Usage(3, 2))]
+ANSWER = (Delta("你好", (5, 6), (-0.5, -0.5), finish_reason="stop", usage=Usage(3, 2)),)
+USED = Usage(3, 2)
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_model_and_weights_are_in_the_key():
 
 def test_when_an_answer_comes_is_not_in_its_key():
     kept = ResponseCache()
-    assert kept.key(_question(priority=5, deadline_s=3.0)) == kept.key(_question())
+    assert kept.key(_question(priority=5, due=3.0)) == kept.key(_question())
 
 
 def test_other_weights_give_other_answers(service):
@@ -145,9 +146,9 @@ def test_answers_are_kept_for_so_long():
     kept = ResponseCache(seconds=300, clock=clock)
     key = kept.key(_question())
     assert key is not None
-    kept.put(key, ANSWER)
+    kept.put(key, ANSWER, USED)
     clock.now = 299.0
-    assert kept.get(key) == ANSWER
+    assert kept.get(key) == Kept(ANSWER, USED)
     clock.now = 301.0
     assert kept.get(key) is None and len(kept) == 0
 
@@ -156,7 +157,7 @@ def test_so_many_answers_are_kept():
     kept = ResponseCache(entries=3)
     keys = [kept.key(_question(prompt_ids=(i,))) or b"" for i in range(5)]
     for key in keys:
-        kept.put(key, ANSWER)
+        kept.put(key, ANSWER, USED)
     assert [kept.get(key) is not None for key in keys] == [False, False, True, True, True]
 
 
@@ -167,26 +168,28 @@ def test_large_answers_count_for_more(monkeypatch):
     kept = ResponseCache(entries=1000)
     keys = [kept.key(_question(prompt_ids=(i,))) or b"" for i in range(4)]
     for key in keys:
-        kept.put(key, large)
+        kept.put(key, large, USED)
     assert [kept.get(key) is not None for key in keys] == [False, False, True, True]
     monkeypatch.setattr(cache, "MAX_BYTES", 1_000_000)
     kept = ResponseCache()
-    kept.put(b"one", ANSWER)
-    kept.put(b"too large", large)
-    assert kept.get(b"too large") is None and kept.get(b"one") == ANSWER
+    kept.put(b"one", ANSWER, USED)
+    kept.put(b"too large", large, USED)
+    assert kept.get(b"too large") is None and kept.get(b"one") == Kept(ANSWER, USED)
 
 
-def test_an_answer_from_the_cache_is_used_up_all_the_same(service):
-    """A quota counts what a caller got, whoever computed it."""
+@pytest.mark.parametrize("best_of", [0, 3])
+def test_an_answer_from_the_cache_is_used_up_all_the_same(service, best_of):
+    """A quota counts what a caller got, whoever computed it, and what was drawn for it; the caller is told the same."""
     calls = Calls(service, cache=ResponseCache())
     used = []
 
     async def ask() -> None:
         async with calls.admitted(Caller("http", "test", "1"), "generate") as admission:
             ids = await calls.encode("ab")
-            await calls.collect(ids, calls.sampling(ids, max_tokens=5, num_samples=2), 2, 0, admission=admission)
-            used.append((admission.usage.prompt_tokens, admission.usage.completion_tokens))
+            await calls.collect(ids, calls.sampling(ids, max_tokens=5, num_samples=2), 2, 0, admission=admission,
+                                best_of=best_of)
+            used.append(admission.usage)
 
     asyncio.run(ask())
     asyncio.run(ask())
-    assert used == [(3, 10), (3, 10)] and len(service.submitted) == 2
+    assert used == [Usage(3, 5 * max(2, best_of), 2)] * 2 and len(service.submitted) == max(2, best_of)

@@ -18,7 +18,7 @@ from serving import client
 from serving.client_command import API_KEY
 from serving.options import ServerOptions
 from tests.serving.access.keyring import Keyring
-from tests.serving.doubles import running_server
+from tests.serving.doubles import Left, running_server
 
 ROOT = pathlib.Path(serving.__file__).parent.parent
 
@@ -76,7 +76,7 @@ def test_every_flag_arrives(server, tmp_path, capfd):
         frequency_penalty=0.4, seed=5, stop=("x",), stop_ids=(7, 8), logit_bias=((9, -2.5),), min_tokens=1,
         ignore_eos=True, logprobs=2, prompt_logprobs=1, constraint=Constraint("json_schema", '{"enum": ["你"]}'))
     assert service.submitted[before[0]:][0][1:] == (expected, 4) and len(service.submitted) - before[0] == 3
-    assert service.terms[before[1]:] == [("me", 60.0)]
+    assert service.terms[before[1]:] == [("me", Left(60.0))]
     answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [a["text"] for a in answers] == ["ab", "ab"]
     assert answers[0]["top_logprobs"] == [[[0, 0.0], [1, -1.0]]] * 2

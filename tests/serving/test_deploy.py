@@ -10,12 +10,15 @@ import re
 import threading
 
 import pytest
+import trustme
 import yaml
 
-from serving.deploy import swap
+from serving.deploy import healthy, swap
 from serving.errors import Reason
 from serving.launch import launch
 from serving.metrics import Metrics
+from serving.options import ServerOptions
+from tests.serving.doubles import running_server
 from tests.serving.test_metrics import STATS, samples
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -126,13 +129,17 @@ def test_an_instance_is_taken_out_and_put_back(conf):
 
 
 class _Ready(http.server.BaseHTTPRequestHandler):
-    """Says that instances are ready, but for those in `late`."""
+    """Says that instances are ready, but for those in `late`, and which process each is."""
 
     late: set[str] = set()
+    processes: dict[str, list[tuple[int, str]]] = {}  # what comes next of each; the last stays
 
     def do_GET(self):
-        self.send_response(503 if self.path in self.late else 200)
+        coming = self.processes.get(self.path, [(200, "")])
+        status, name = coming.pop(0) if len(coming) > 1 else coming[0]
+        self.send_response(503 if self.path in self.late else status)
         self.end_headers()
+        self.wfile.write(json.dumps({"instance": name} if name else {}).encode())
 
     def log_message(self, *args):
         pass
@@ -142,7 +149,7 @@ class _Ready(http.server.BaseHTTPRequestHandler):
 def ready():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Ready)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    _Ready.late = set()
+    _Ready.late, _Ready.processes = set(), {}
     yield f"http://127.0.0.1:{server.server_port}/{{n}}"
     server.shutdown()
     server.server_close()
@@ -160,6 +167,34 @@ def test_instances_are_swapped_one_after_another(conf, ready):
         ("reload", [n]), ("restart", n, [n]), ("reload", []))]
 
 
+def test_the_old_process_is_not_taken_for_the_new_one(conf, ready):
+    """A restart may return at once: the old process still says that it is ready, drains, and is gone for a while."""
+    _Ready.processes = {"/1": [(200, "old"), (200, "old"), (503, "old"), (503, "new"), (200, "new"), (200, "new")]}
+    left = []
+
+    def reload() -> None:
+        left.append(len(_Ready.processes["/1"]))
+
+    swap.swap(conf, lambda n: None, reload, ready=ready, settle_s=0.01, say=str)
+    assert left[:2] == [6, 1]  # out of the list before anything is asked, back in it after the new one's answer
+
+
+def test_one_that_is_never_restarted_stops_the_swap(conf, ready):
+    _Ready.processes = {"/1": [(200, "old")]}
+    with pytest.raises(swap.Failed, match="stays out of rotation; the process that was to end still answers"):
+        swap.swap(conf, lambda n: None, lambda: None, ready=ready, settle_s=0.01, timeout_s=0.5, say=str)
+
+
+def test_each_process_of_the_server_has_a_name_of_its_own():
+    names = []
+    for _ in range(2):
+        with running_server(options=ServerOptions(http_port=0)) as running:
+            url = f"{running.server.http_address}/readyz"
+            names += [swap.identity(url), swap.identity(url)]
+            assert swap.is_ready(url) and not swap.is_ready(url, names[-1])
+    assert names[0] == names[1] != names[2] == names[3] and all(names)
+
+
 def test_one_that_does_not_get_ready_stops_the_swap(conf, ready):
     _Ready.late.add("/2")
     restarted = []
@@ -173,3 +208,52 @@ def test_one_that_does_not_get_ready_stops_the_swap(conf, ready):
 def test_the_command_says_what_failed(conf, capsys):
     assert swap.main([f"--conf={conf}", "--restart=exit 3", "--reload=true", "--settle_seconds=0"]) == 1
     assert "'exit 3' returned non-zero exit status 3" in capsys.readouterr().err
+
+
+def test_the_image_asks_whether_its_server_is_healthy():
+    (line,) = (line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if line.startswith("HEALTHCHECK"))
+    assert json.loads(line.partition(" CMD ")[2]) == ["python", "-m", healthy.__name__]
+
+
+@pytest.mark.parametrize("how", ["plain", "tls", "mutual", "grpc", "grpc tls"])
+def test_health_is_asked_for_as_the_server_was_started(tmp_path, how):
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    files = {}
+    if "tls" in how or how == "mutual":
+        files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    if how == "mutual":
+        files["tls_client_ca"] = str(tmp_path / "ca.pem")
+    http_port = None if "grpc" in how else 0
+    with running_server(options=ServerOptions(http_port=http_port, **files)) as running:
+        given = ["--run_dir=/runs", f"--port={running.address.rpartition(':')[2]}", "--host=0.0.0.0"]
+        given += [f"--{name}={value}" for name, value in files.items()]
+        if http_port is not None:
+            given += ["--http_port", running.server.http_address.rpartition(":")[2]]
+            wrong = [flag for flag in given if "tls" not in flag] if files else [*given, "--tls_cert=here"]
+            with pytest.raises(healthy.Unhealthy):  # asked in the other way
+                healthy.check(wrong)
+        healthy.check(given)
+    with pytest.raises(healthy.Unhealthy, match="does not answer"):
+        healthy.check(given)
+
+
+def test_a_server_that_is_not_well_is_told(ready):
+    port = ready.split(":")[2].partition("/")[0]
+    _Ready.late.add("/healthz")
+    with pytest.raises(healthy.Unhealthy, match="answers /healthz with 'HTTP/1.0 503"):
+        healthy.check([f"--http_port={port}"])
+
+
+def test_the_server_is_found_behind_the_container_s_init(tmp_path):
+    for pid, words in ((1, "/sbin/docker-init -- python -m experiments.serve --port=1"),
+                       (9, "python -m serving.engine 5"),
+                       (7, "/usr/bin/python3.12 -m experiments.serve --port=9000 --http_port=8000")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cmdline").write_text(words.replace(" ", "\0") + "\0")
+    assert healthy.flags(tmp_path) == ["--port=9000", "--http_port=8000"]
+    with pytest.raises(healthy.Unhealthy, match="no server runs"):
+        healthy.flags(tmp_path / "9")

@@ -94,7 +94,7 @@ def _sometimes(rng: random.Random, values, good):
 
 def _decode_request(rng: random.Random):
     request = messages.DecodeRequest(
-        max_tokens=_sometimes(rng, INT32, 3), num_samples=_sometimes(rng, INT32, 1), priority=rng.choice(INT32),
+        max_tokens=_sometimes(rng, INT32, 3), num_samples=_sometimes(rng, INT32, 1), priority=_sometimes(rng, INT32, 5),
         has_bos=rng.random() < 0.5, session_cache=rng.choice(TEXTS), lora_adapter_id=_sometimes(rng, TEXTS, ""))
     request.metadata.start_time = rng.choice(FLOATS[:10])
     match rng.randrange(3):
@@ -120,8 +120,9 @@ def _generate_request(rng: random.Random):
         prompt_logprobs=_sometimes(rng, INT32, None))
     if rng.random() < 0.1:  # few: each text that is new is tried in a process of its own
         setattr(sampling, rng.choice(("json_schema", "regex", "grammar")), rng.choice(("", "{", "{}", "(a|b)+", "\0")))
-    request = messages.GenerateRequest(sampling=sampling, priority=rng.choice(INT32), tenant=_sometimes(rng, TEXTS, ""),
-                                       deadline_seconds=_sometimes(rng, FLOATS, None))
+    request = messages.GenerateRequest(
+        sampling=sampling, priority=_sometimes(rng, INT32, 5), tenant=_sometimes(rng, TEXTS, ""),
+        deadline_seconds=_sometimes(rng, FLOATS, None))
     if rng.random() < 0.6:
         request.text = rng.choice(TEXTS)
     elif rng.random() < 0.9:
@@ -141,7 +142,8 @@ def _session_request(rng: random.Random):
 
 
 def _embed_request(rng: random.Random):
-    request = messages.EmbedRequest(pooling=_sometimes(rng, (-1, 1, 2, 3, 2**31 - 1), 0), priority=rng.choice(INT32))
+    request = messages.EmbedRequest(pooling=_sometimes(rng, (-1, 1, 2, 3, 2**31 - 1), 0),
+                                    priority=_sometimes(rng, INT32, 3))
     for _ in range(_sometimes(rng, (0, 2, 9, 65), 1)):
         one = request.inputs.add()
         if rng.random() < 0.7:

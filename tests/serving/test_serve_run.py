@@ -124,28 +124,49 @@ def test_serves_a_read_only_run_and_stops_in_order(run_dir, tmp_path, monkeypatc
     assert _listing(run_dir) == before
 
 
-def test_two_processes_serve_one_model(run_dir):
+@contextlib.contextmanager
+def _two_processes(run_dir):
+    """Both, and the address of the first once it is ready."""
     lead, other = [subprocess.Popen(
         _command(run_dir, "--max_context=64", "--num_pages=32", *SMALL), cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=environment) for environment in peers.environments(2)]
     try:
         while not (line := lead.stdout.readline()).startswith("ready: "):
             assert line, lead.stderr.read()
-        with Client(line.split()[1]) as client:
+        yield lead, other, line.split()[1]
+    finally:
+        for process in (lead, other):
+            process.kill()
+            process.communicate()
+
+
+def test_two_processes_serve_one_model(run_dir):
+    with _two_processes(run_dir) as (lead, other, address):
+        with Client(address) as client:
             joint = [i for chunk in client.generate("def main(", max_tokens=8, temperature=0) for i in chunk.token_ids]
         for process in (other, lead):  # a launcher tells all; the other goes on until process 0 has ended
             process.send_signal(signal.SIGTERM)
         assert lead.wait(30) == 0 and other.wait(30) == 0
         assert other.stdout.read().splitlines()[-2:] == ["following: process 0 takes the requests", "stopped"]
-    finally:
-        for process in (lead, other):
-            process.kill()
-            process.communicate()
     run = runs.load(run_dir)
     prompt = run.tokenizer.prompt_ids("def main(")
     tokens = jnp.array([[*prompt, *joint]])
     likeliest = jnp.argmax(run.model.apply({"params": run.params}, tokens), axis=-1)[0]
     assert joint == likeliest[len(prompt) - 1:-1].tolist()
+
+
+def test_a_killed_process_ends_the_service_of_all(run_dir):
+    """Of the one that follows nobody hears any more: calls end in an error, and the launcher is told by the status."""
+    with _two_processes(run_dir) as (lead, other, address), Client(address) as client:
+        stream = client.generate("def main(", max_tokens=50, ignore_eos=True)
+        next(stream)
+        other.kill()
+        with pytest.raises(RequestFailed, match="INTERNAL: the service has ended|UNAVAILABLE"):
+            while True:  # what was on its way may still be told in full
+                list(stream)
+                stream = client.generate("def main(", max_tokens=50, ignore_eos=True)
+        out, _ = lead.communicate(timeout=30)
+        assert lead.returncode == 1 and out.splitlines()[-1].startswith("stopped: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import pathlib
 import socket
+import threading
 
 import httpx
 import pytest
@@ -16,7 +18,7 @@ from serving.options import ServerOptions
 from serving.parts import Parts
 from serving.ports import bound
 from serving.server import Server
-from tests.serving.doubles import FakeService, running_server
+from tests.serving.doubles import FakeService, running_server, wait_until
 
 
 def test_both_doors_give_the_same_text():
@@ -27,6 +29,58 @@ def test_both_doors_give_the_same_text():
             answer = web.post("/v1/completions", json={"model": "小模型", "prompt": "你好", "max_tokens": 9}).json()
             assert web.get("/healthz").status_code == web.get("/readyz").status_code == 200
     assert text == answer["choices"][0]["text"] == "你好你好你好你好你"
+
+
+class Held(FakeService):
+    """Answers nobody before its gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def _start(self, prompt_ids, params, answers, listeners, priority) -> list[int]:
+        return super()._start(prompt_ids, params, [self._held(one) for one in answers], listeners, priority)
+
+    def _held(self, answer):
+        self.gate.wait(60)
+        yield from answer
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/completions", {"prompt": ["ab"] * 130, "max_tokens": 20}), ("/v1/embeddings", {"input": ["ab"] * 130})])
+def test_stopping_lets_a_request_of_several_parts_finish(path, body):
+    """More than the engine takes at once: its later parts are asked for when the server drains already."""
+    with running_server(Held(), options=ServerOptions(http_port=0)) as running, \
+            httpx.Client(base_url=running.server.http_address, timeout=60, verify=False) as web, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(web.post, path, json=body)
+        assert wait_until(lambda: running.service.submitted)
+        stopping = running.start_stopping(60)
+        assert wait_until(lambda: not running.server.calls.accepting)
+        refused = httpx.post(f"{running.server.http_address}{path}", json=body, verify=False)
+        assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+        running.service.gate.set()
+        answer = asked.result()
+        assert answer.status_code == 200 and len(answer.json().get("choices") or answer.json()["data"]) == 130
+        assert stopping.result(timeout=10) is True and not running.service.is_live
+
+
+def test_two_requests_for_all_the_queues_places_are_not_refused_midway():
+    with running_server(Held(), options=ServerOptions(http_port=0)) as running, \
+            concurrent.futures.ThreadPoolExecutor(2) as pool:
+        def ask(count: int) -> httpx.Response:
+            return httpx.post(f"{running.server.http_address}/v1/completions", timeout=60, verify=False,
+                              json={"prompt": ["ab"] * count, "max_tokens": 30})
+
+        first = pool.submit(ask, 63)
+        assert wait_until(lambda: len(running.service.submitted) == 63)
+        second = pool.submit(ask, 64)
+        assert wait_until(lambda: len(running.service.submitted) >= 64)
+        refused = ask(3)
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        running.service.gate.set()
+        assert [len(one.result().json()["choices"]) for one in (first, second)] == [63, 64]
+        assert len(running.service.submitted) == 127 and not running.service.cancelled
 
 
 def test_without_a_port_there_is_no_http(server):

@@ -11,7 +11,7 @@ from llm_jax.errors import UserError
 from llm_jax.inference.request import Delta, SamplingParams
 from serving import messages, session
 from serving.client import Client, RequestFailed
-from tests.serving.doubles import wait_until
+from tests.serving.doubles import Left, wait_until
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_session_can_do_what_generate_can(server, client):
         assert [c.top_logprobs for c in one if c.token_ids] == [c.top_logprobs for c in other if c.token_ids]
         assert (one[-1].finish_reason, one[-1].completion_tokens) == ("length", 3)
     submitted = server.service.submitted
-    assert submitted[:2] == submitted[2:] and server.service.terms == [("我", 5.0)] * 2
+    assert submitted[:2] == submitted[2:] and server.service.terms == [("我", Left(5.0))] * 2
 
 
 def test_one_is_cancelled_and_the_others_go_on(server, client):

@@ -14,7 +14,8 @@ from llm_jax.inference.request import Usage
 from serving.access.identity import Caller
 from serving.calls import Calls
 from serving.errors import Reason
-from serving.http.app import ModelInfo, make_app
+from serving.http.app import make_app
+from serving.http.deps import ModelInfo
 from serving.tracing import Traces
 from tests.serving.doubles import FakeService
 

@@ -155,6 +155,15 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(data_dir, tmp_path):
     assert steps == list(range(1, stopped + 3)), "the first step of a process is reported too"
 
 
+def test_a_stop_in_the_last_step_leaves_a_finished_run_with_its_own_evaluation(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "_agree", lambda self, stop, step: step == 6)
+    metrics = loop.train(**settings(tmp_path / "run", data_dir, num_steps=6, eval_every=3, eval_batches=1,
+                                    optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=4, decay_steps=20)))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [evaluation["step"] for evaluation in manifest["evaluations"]] == [0, 3, 6]
+    assert manifest["evaluations"][-1] == {"step": 6} | metrics["end"] and manifest["finished_steps"] == 6
+
+
 def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkpoint(data_dir, tmp_path, capsys):
     # The first update is by 1e30 a weight, so that the second step's logits overflow.
     optimizer = OptimizerConfig(peak_learning_rate=1e30, warmup_steps=0)

@@ -145,6 +145,16 @@ def test_float16_follows_float32(half, batches, plain):
     np.testing.assert_allclose(found, plain[0], atol=0.03)
 
 
+def test_bfloat16_follows_float32_without_a_scale(batches, plain):
+    step, new = make("bfloat16")
+    found, state = losses(step, new(), batches)
+    # It rounds to 4e-3, eight times as coarsely as float16.
+    np.testing.assert_allclose(found, plain[0], atol=0.06)
+    assert np.abs(found - plain[0]).max() > 1e-4, "nothing was rounded"
+    assert int(state.updates) == STEPS and float(state.scale.value) == float(new().scale.value)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state))} == {"float32", "int32"}
+
+
 def test_a_resumed_run_keeps_its_scale(data_dir, tmp_path):
     """Ten steps, some of them overflows, are four and six: the same bits, the scale among them."""
     optimizer = dataclasses.replace(CONFIG, decay_steps=STEPS)

@@ -26,6 +26,7 @@ class Keyring:
         self.audit_path = folder / "audit.jsonl"
         self.now = NOW.timestamp()
         self._numbers = itertools.count()
+        self._logs: list[AuditLog] = []
         with keys.changed(self.path):
             pass
 
@@ -52,8 +53,11 @@ class Keyring:
 
     def guard(self, state_dir: pathlib.Path | None = None) -> Guard:
         """A guard with this file, clock and audit file."""
-        return Guard(WatchedKeys(self.path), Quotas(state_dir), AuditLog(self.audit_path), lambda: self.now)
+        audit = AuditLog(self.audit_path)
+        self._logs.append(audit)
+        return Guard(WatchedKeys(self.path), Quotas(state_dir), audit, lambda: self.now)
 
     def audited(self) -> list[dict[str, Any]]:
         """The audit lines so far."""
+        assert all(audit.flush() for audit in self._logs)
         return [json.loads(line) for line in self.audit_path.read_text().splitlines()]

@@ -6,12 +6,15 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import pathlib
+import re
 import threading
 import time
 import types
 
 import pytest
 
+import serving
 from serving.access import policy, quotas
 from serving.access.guard import Guard, Refused
 from serving.access.identity import ACTIONS, ROLES, Identity
@@ -114,7 +117,15 @@ def test_roles_may_do_what_the_policy_says():
     assert may["read-only"] == {"read"}
     assert may["user"] == {"read", "generate", "embed"}
     assert may["developer"] == may["user"] | {"files", "batch", "metrics"}
-    assert may["admin"] == set(ACTIONS)
+    assert may["admin"] == may["developer"] == set(ACTIONS)
+
+
+def test_every_action_guards_something():
+    """What a door asks the guard for is an action, and each action is asked for by a door."""
+    folder = pathlib.Path(serving.__file__).parent
+    asked = {action for path in folder.rglob("*.py") for action in re.findall(
+        r'(?:make_router\(calls,|admitted\([^\n]*?,|@method\()\s*"(\w+)"', path.read_text(encoding="utf-8"))}
+    assert asked == set(ACTIONS)
 
 
 def test_a_lesser_role_is_told_who_may():

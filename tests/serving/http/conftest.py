@@ -14,8 +14,10 @@ import pytest
 import uvicorn
 
 from serving.calls import Calls
-from serving.http.app import ModelInfo, make_app
+from serving.http.app import make_app
+from serving.http.deps import ModelInfo
 from serving.http.protocol import BoundedHttp
+from serving.http.ws_protocol import BoundedWebSocket
 from tests.serving.doubles import FakeService, wait_until
 
 MODEL = "双语/model"
@@ -45,7 +47,8 @@ class RunningApp:
         self.calls = Calls(self.service, **parts)
         self.app = make_app(self.calls, ModelInfo.of(self.calls.front, name, created=1_700_000_000), **options)
         self._server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning",
-                                                     http=BoundedHttp, timeout_graceful_shutdown=1))
+                                                     http=BoundedHttp, ws=BoundedWebSocket,
+                                                     timeout_graceful_shutdown=1))
         self._server.capture_signals = contextlib.nullcontext
 
     def run(self, coroutine):

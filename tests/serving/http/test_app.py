@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -94,6 +95,13 @@ def test_paths_and_methods_that_are_not_there(http, path, status, code, named):
 def test_bodies_that_are_no_json_object(http, content, kind, code):
     answer = http.post(COMPLETIONS, content=content, headers={"content-type": kind} if kind else {})
     assert (answer.status_code, error_of(answer)["code"]) == (400, code)
+
+
+def test_a_compressed_body_is_told_what_is_wrong_with_it(http):
+    answer = http.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "a"}'),
+                       headers={"content-type": "application/json", "content-encoding": "gzip"})
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_json")
+    assert "'gzip', and must not be compressed" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize(("fault", "status", "code", "retries"), [
@@ -227,7 +235,8 @@ def test_draining(app, http):
     stream = threading.Thread(target=lambda: found.update(text=complete(http, stream=True, max_tokens=100).text))
     stream.start()
     assert wait_until(lambda: app.service.submitted)
-    assert (http.get("/healthz").json(), http.get("/readyz").json()) == ({"status": "ok"}, {"status": "ready"})
+    ready = http.get("/readyz").json()
+    assert http.get("/healthz").json() == {"status": "ok"} and ready["status"] == "ready"
     app.calls.refuse_new()
     answers = http.get("/healthz"), http.get("/readyz"), complete(http), complete(http, stream=True)
     assert [answer.status_code for answer in answers] == [200, 503, 503, 503]

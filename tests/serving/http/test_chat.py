@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from llm_jax.inference.request import QueueFull
-from tests.serving.doubles import wait_until
+from tests.serving.doubles import Left, wait_until
 from tests.serving.http.chat_doubles import PLAIN, ChatService
 from tests.serving.http.conftest import MODEL, running_app
 
@@ -107,7 +107,7 @@ def test_sampling_fields_reach_the_engine(http, service):
         top_k=4, min_p=0.1, repetition_penalty=1.5, stop_token_ids=[9], min_tokens=2, ignore_eos=True, priority=3,
         deadline_seconds=60, max_tokens=5, user="我", metadata={"a": "b"}, store=False, service_tier="auto")
     _, params, priority = service.submitted[-1]
-    assert priority == 3 and service.terms[-1][1] == 60
+    assert priority == 3 and service.terms[-1][1] == Left(60)
     assert (params.temperature, params.top_p, params.seed, params.presence_penalty, params.frequency_penalty,
             params.logit_bias, params.top_k, params.min_p, params.repetition_penalty, params.stop_ids,
             params.min_tokens, params.ignore_eos, params.max_tokens) == (
@@ -185,7 +185,7 @@ WRONG = [
     ("response_format.type", {"response_format": {"type": "xml"}}, "json_schema"),
     ("chat_template_kwargs", {"chat_template_kwargs": {"template": "x"}}, "template"),
     ("reasoning_effort", {"reasoning_effort": "low"}, "chat template"),
-    ("functions", {"functions": []}, "None"),
+    ("functions", {"functions": []}, "not supported"),
     ("colour", {"colour": 3}, "colour"),
     ("store", {"store": True}, "False"),
     ("model", {"model": "other"}, MODEL),

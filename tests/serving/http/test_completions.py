@@ -17,7 +17,8 @@ from serving.client import Client
 from serving.http.completions import CompletionRequest, _Choices
 from serving.http.logprobs import CompletionLogprobs, spelled
 from serving.http.prompts import Prompt
-from tests.serving.doubles import BOS, CharacterTokenizer, FakeService
+from tests.serving.access.keyring import Keyring
+from tests.serving.doubles import BOS, CharacterTokenizer, FakeService, Left
 from tests.serving.http.chat_doubles import ChatService
 from tests.serving.http.conftest import MODEL, running_app
 from tests.serving.http.test_app import COMPLETIONS, complete, error_of, events
@@ -62,7 +63,7 @@ def test_every_field_arrives(app, http):
              "ignore_eos": True, "constraint": Constraint("regex", "(ab|你)*")}
     expected = [SamplingParams(sample=i, prompt_logprobs=None if i else 4, **asked) for i in range(3)]
     assert [(params, priority) for _, params, priority in app.service.submitted] == [(p, -5) for p in expected]
-    assert app.service.terms == [("", 7.5)]
+    assert app.service.terms == [("", Left(7.5))]
 
 
 @pytest.mark.parametrize(("sent", "constraint"), [
@@ -130,6 +131,38 @@ def test_one_bad_prompt_of_several_is_named_and_nothing_runs(app, http):
         assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt[1]")
         assert "9999" in error_of(answer)["message"]
     assert not app.service.submitted
+
+
+@pytest.mark.parametrize(("path", "sent", "field"), [
+    ("completions", {"prompt": "a" * 10_000}, "prompt"), ("completions", {"prompt": [100] * 10_000}, "prompt"),
+    ("completions", {"prompt": "a" * 100_000}, "prompt"), ("completions", {"prompt": ["a", "b" * 10_000]}, "prompt[1]"),
+    ("embeddings", {"input": "a" * 10_000}, "input"), ("embeddings", {"input": [[7], [8] * 10_000]}, "input[1]")])
+def test_a_prompt_that_does_not_fit_has_openais_code(common, path, sent, field):
+    answer = common.post(f"/v1/{path}", json=sent)
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], error["code"]) == (400, field, "context_length_exceeded")
+    assert "at most 9999 fit" in error["message"]
+
+
+@pytest.mark.parametrize("sent", [{"n": 5}, {"best_of": 5}, {"n": 2, "best_of": 5}])
+def test_samples_are_as_many_as_the_server_takes_at_once(app, http, sent):
+    app.service.max_requests = 4
+    answer = complete(http, **sent)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, next(reversed(sent)))
+    assert "and 4" in error_of(answer)["message"] and not app.service.submitted
+    assert len(complete(http, n=4).json()["choices"]) == 4
+
+
+def test_a_quota_sets_aside_what_fits_and_no_more(tmp_path):
+    ring = Keyring(tmp_path)
+    with running_app(guard=ring.guard()) as app, httpx.Client(base_url=app.url) as http:
+        app.service.faults["ab"] = [[Delta(text="c", token_ids=(102,), logprobs=(-1.0,), finish_reason="stop",
+                                           usage=Usage(3, 1))]]
+        http.headers["x-api-key"] = ring.add(tokens_per_day=10_000)  # the context
+        assert complete(http, max_tokens=2**31 - 1).status_code == 200
+        answer = complete(http, max_tokens=9_997)  # of which four are used
+        assert (answer.status_code, error_of(answer)["code"]) == (429, "insufficient_quota")
+        assert "may take 10,000" in error_of(answer)["message"]
 
 
 def test_one_prompt_that_fails_ends_the_others(app, http):
@@ -379,6 +412,18 @@ def test_a_text_that_does_not_fit_is_tokenized_all_the_same(common):
 def test_bad_requests_for_tokens(shared, path, sent, field):
     answer = shared.http.post(path, json=sent)
     assert (answer.status_code, error_of(answer)["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("more", [{"max_tokens": 2**31 - 1}, {"max_tokens": 2**31 - 1, "min_tokens": 2**31 - 1}])
+def test_max_tokens_is_an_upper_bound_and_the_context_another(service, monkeypatch, more):
+    monkeypatch.setattr(service, "close", lambda: None)
+    prompt = [5] * (service.max_context - 7)
+    with running_app(service) as app, httpx.Client(base_url=app.url, timeout=60) as http:
+        answer = complete(http, prompt=prompt, ignore_eos=True, **more).json()
+        assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 7
+        assert complete(http, prompt=prompt, ignore_eos=True, max_tokens=6).json()["usage"]["completion_tokens"] == 6
+        refused = complete(http, prompt=[5] * service.max_context, max_tokens=1)
+        assert error_of(refused)["code"] == "context_length_exceeded"
 
 
 def test_the_real_engine_says_the_same_however_it_is_asked(service, real_server, monkeypatch):

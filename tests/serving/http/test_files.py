@@ -82,23 +82,34 @@ def test_another_tenants_files_are_not_there(http):
     assert http.get(f"/v1/files/{file_id}/content").content == CONTENT
 
 
-@pytest.mark.parametrize("sent, param, says", [
-    (dict(purpose="fine-tune"), "purpose", "must be 'batch', not 'fine-tune'"),
-    (dict(content=b""), "file", "empty"), (dict(name="长" * 256 + ".jsonl"), "file", "1 to 255 characters"),
-    ({"colour": "红"}, "colour", "unknown parameter"),
-    ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}, "expires_after[seconds]", "3600"),
-    ({"expires_after[anchor]": "now", "expires_after[seconds]": "7200"}, "expires_after[anchor]", "created_at"),
+@pytest.mark.parametrize("sent, param, code, says", [
+    (dict(purpose="fine-tune"), "purpose", "invalid_value", "must be 'batch', not 'fine-tune'"),
+    (dict(content=b""), "file", "invalid_value", "empty"),
+    (dict(name="长" * 256 + ".jsonl"), "file", "invalid_value", "1 to 255 characters"),
+    ({"colour": "红"}, "colour", "unknown_parameter", "unknown parameter"),
+    ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}, "expires_after[seconds]",
+     "invalid_value", "3600"),
+    ({"expires_after[anchor]": "now", "expires_after[seconds]": "7200"}, "expires_after[anchor]", "invalid_value",
+     "created_at"),
+    ({"expires_after[seconds]": "7200"}, "expires_after[anchor]", "missing_required_parameter", "missing"),
+    ({"expires_after[anchor]": "created_at"}, "expires_after[seconds]", "missing_required_parameter", "missing"),
 ])
-def test_a_wrong_upload_is_refused_by_its_field(http, sent, param, says):
+def test_a_wrong_upload_is_refused_by_its_field(http, sent, param, code, says):
     answer = upload(http, **sent)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
-    assert says in answer.json()["error"]["message"]
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert answer.json()["error"]["code"] == code and says in answer.json()["error"]["message"]
     assert http.get("/v1/files").json()["data"] == []
 
 
 def test_what_is_no_upload_is_refused(http):
-    fields = http.post("/v1/files", data={"purpose": "batch"})
-    assert fields.status_code == 400 and fields.json()["error"]["param"] == "file"
+    def fault(**sent) -> tuple[int, str, str]:
+        answer = http.post("/v1/files", **sent)
+        return answer.status_code, answer.json()["error"]["param"], answer.json()["error"]["code"]
+
+    assert fault(data={"purpose": "batch"}) == (400, "file", "missing_required_parameter")
+    assert fault(json={"purpose": "batch"}) == (400, "file", "missing_required_parameter")
+    assert fault(data={"purpose": "batch", "file": "a plain field"}) == (400, "file", "invalid_type")
+    assert fault(files={"file": ("a.jsonl", CONTENT)}) == (400, "purpose", "missing_required_parameter")
     for content_type in ("application/json", "multipart/form-data", "multipart/form-data; boundary=x"):
         answer = http.post("/v1/files", content=b"--x\r\nnonsense", headers={"content-type": content_type})
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"

@@ -279,8 +279,8 @@ WRONG = [
     ("include[0]", {"include": ["reasoning.encrypted_content"]}, "logprobs"),
     ("stream", {"background": True, "stream": True}, "background"),
     ("store", {"background": True, "store": False}, "background"),
-    ("conversation", {"conversation": "conv_1"}, "None"),
-    ("n", {"n": 2}, "None"),
+    ("conversation", {"conversation": "conv_1"}, "not supported"),
+    ("n", {"n": 2}, "not supported"),
     ("colour", {"colour": 1}, "colour"),
 ]
 

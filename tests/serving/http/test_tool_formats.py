@@ -95,13 +95,15 @@ def test_what_is_no_call_is_content_as_it_was_written(kind, text):
 @pytest.mark.parametrize("kind, text, content, calls", EXAMPLES.values(), ids=EXAMPLES)
 def test_character_by_character_and_cut_off_anywhere(kind, text, content, calls):
     """Every character alone gives the same; a text that ends early has no other calls, and whole arguments only once
-    the model had written them to their end."""
+    the model had written them to their end. A marker that is cut off behind the last call is no content."""
     assert _cut(FORMATS[kind].parser(TOOLS), text, list(range(len(text)))) == (content, calls)
     for end in range(len(text)):
         whole = parse(FORMATS[kind].parser(TOOLS), text[:end])
         assert whole == _cut(FORMATS[kind].parser(TOOLS), text[:end], list(range(end)))
         for (name, arguments), (real_name, real_arguments) in zip(whole[1], calls, strict=False):
             assert name == real_name and real_arguments.startswith(arguments)
+        if whole[1] == calls:
+            assert content.startswith(whole[0]), text[:end]
 
 
 _SNIPPETS = st.sampled_from([

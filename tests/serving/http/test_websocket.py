@@ -20,6 +20,9 @@ from tests.serving.doubles import FakeService, wait_until
 from tests.serving.http.chat_doubles import ChatService
 from tests.serving.http.conftest import MODEL, RunningApp, running_app
 
+SCOPE = {"type": "websocket", "path": "/v1/stream", "headers": [], "query_string": b"", "subprotocols": [],
+         "client": None, "scheme": "ws", "root_path": "", "raw_path": b"/v1/stream"}  # of a WebSocket without a socket
+
 
 class Client:
     """A plain WebSocket client that speaks the protocol's JSON."""
@@ -123,25 +126,33 @@ def test_cancel_ends_one_request_and_no_other(ws, app):
     assert len(app.service.cancelled) == 1
 
 
-@pytest.mark.parametrize("message, param, says", [
-    ("{", None, "not valid JSON"), ("[1]", None, "not a JSON object"), (b"{}", None, "text messages"),
-    ('{"type": "start", "id": "a", "prompt": NaN}', None, "not valid JSON"), ("[" * 50_000, None, "not valid JSON"),
-    ({"type": "begin"}, "type", "must be 'start' or 'cancel', not 'begin'"), ({"type": "cancel"}, "id", "1 to 128"),
-    ({"type": "start", "id": "", "prompt": "a"}, "id", "1 to 128"), ({"type": "start", "id": "b"}, "prompt", "either"),
-    ({"type": "start", "id": "b", "prompt": "a", "messages": []}, "prompt", "either 'prompt' or 'messages'"),
-    ({"type": "start", "id": "b", "prompt": "a", "stream": False}, "stream", "leave stream out"),
-    ({"type": "start", "id": "长", "prompt": "a"}, "id", "still runs"),
+@pytest.mark.parametrize("message, name, param, code, says", [
+    ("{", None, None, "invalid_json", "not valid JSON"),
+    ('{"type": "start", "id": "a", "prompt": NaN}', None, None, "invalid_json", "not valid JSON"),
+    ("[" * 50_000, None, None, "invalid_json", "not valid JSON"),
+    ("[1]", None, None, "invalid_type", "must be a JSON object"), (b"{}", None, None, "invalid_type", "text messages"),
+    ({"type": "begin"}, None, "type", "invalid_value", "must be 'start' or 'cancel', not 'begin'"),
+    ({"id": "b"}, None, "type", "missing_required_parameter", "'start' or 'cancel'"),
+    ({"type": "cancel"}, None, "id", "missing_required_parameter", "1 to 128"),
+    ({"type": "start", "id": "", "prompt": "a"}, None, "id", "invalid_value", "1 to 128"),
+    ({"type": "start", "id": 7, "prompt": "a"}, None, "id", "invalid_type", "1 to 128"),
+    ({"type": "start", "id": "长", "prompt": "a"}, None, "id", "invalid_value", "still runs"),
+    ({"type": "start", "id": "b"}, "b", "prompt", "missing_required_parameter", "either 'prompt' or 'messages'"),
+    ({"type": "start", "id": "b", "prompt": "a", "messages": []}, "b", "prompt", "invalid_value", "either"),
+    ({"type": "start", "id": "b", "prompt": "a", "stream": False}, "b", "stream", "invalid_value", "leave stream out"),
 ])
-def test_a_wrong_message_is_told_and_costs_nothing(ws, message, param, says):
+def test_a_wrong_message_is_told_and_costs_nothing(ws, message, name, param, code, says):
+    """A start that is refused ends under its own id; what is none, or could be taken for another's end, has none."""
     ws.send(type="start", id="长", prompt="长", max_tokens=300)
     ws.send_raw(message if isinstance(message, str | bytes) else json.dumps(message))
-    found = {None: [], "长": []}
-    while not (found[None] and found["长"] and found["长"][-1]["type"] == "done"):
+    found = {name: [], "长": []}
+    while not (found[name] and found["长"] and found["长"][-1]["type"] == "done"):
         one = ws.take()
         found[one["id"]].append(one)
-    error = found[None][0]
-    assert (error["type"], error["status"], error["error"]["param"]) == ("error", 400, param)
-    assert says in error["error"]["message"]
+    error = found[name][0]
+    assert (error["type"], error["status"]) == ("error", 400)
+    assert (error["error"]["param"], error["error"]["code"]) == (param, code) and says in error["error"]["message"]
+    assert ("request_id" in error) == (name is not None)
     assert text(found["长"]) == "长" * 300
 
 
@@ -177,7 +188,60 @@ def test_one_connection_has_so_many_requests(ws, app, monkeypatch):
         ws.send(type="start", id=name, prompt=name, max_tokens=5000)
     while (error := ws.take())["type"] != "error":
         pass
-    assert (error["id"], error["status"]) == (None, 429) and "'丙' was not started" in error["error"]["message"]
+    assert (error["id"], error["status"]) == ("丙", 429) and "'丙' was not started" in error["error"]["message"]
+    assert error["error"]["code"] == "rate_limit_exceeded" and error["request_id"].startswith("req-")
+    ws.send(type="cancel", id="甲")
+    while (ended := ws.take())["type"] != "done":
+        pass
+    assert ended["id"] == "甲"
+    ws.send(type="start", id="丙", prompt="丙", max_tokens=2)  # there is room again, and the name was never taken
+    while (ended := ws.take())["id"] != "丙" or ended["type"] == "delta":
+        pass
+    assert ended["type"] == "done"
+
+
+def test_a_client_that_talks_nonsense_is_told_so_often_and_no_oftener(ws, app, monkeypatch):
+    monkeypatch.setattr(door, "MAX_FAULTS", 3)
+    ws.send(type="start", id="长", prompt="长", max_tokens=9000)
+    for _ in range(2):
+        ws.send_raw("{")
+    ws.send(type="start", id="坏")  # a request, if a wrong one
+    ws.send_raw("{")
+    told = []
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            told.append(ws.take())
+    assert [one["id"] for one in told if one["type"] == "error"] == [None, None, "坏", None]
+    assert closed.value.rcvd.code == 1008 and "protocol" in closed.value.rcvd.reason
+    assert wait_until(lambda: app.service.stats()["running"] == 0 and app.calls.running == 0)
+
+
+def test_messages_that_come_together_let_others_have_a_turn(app):
+    """Of many that are there at once each is one turn of the event loop, and not all of them one."""
+
+    async def turns() -> int:
+        inbox: asyncio.Queue = asyncio.Queue()
+        await inbox.put({"type": "websocket.connect"})
+        for _ in range(90):
+            await inbox.put({"type": "websocket.receive", "text": "{"})
+        await inbox.put({"type": "websocket.disconnect", "code": 1000})
+        others = 0
+
+        async def send(message) -> None:
+            pass
+
+        async def count() -> None:
+            nonlocal others
+            while True:
+                await asyncio.sleep(0)
+                others += 1
+
+        counting = asyncio.create_task(count())
+        await app.app(dict(SCOPE), inbox.get, send)
+        counting.cancel()
+        return others
+
+    assert app.run(turns()) >= 80
 
 
 def test_a_message_that_is_too_long(ws, monkeypatch):
@@ -222,9 +286,7 @@ async def _told(app, *sent: dict, wait_s: float = 0.0) -> list[dict]:
         if found[-1]["type"] != "delta":
             await inbox.put({"type": "websocket.disconnect", "code": 1000})
 
-    await asyncio.wait_for(app.app({
-        "type": "websocket", "path": "/v1/stream", "headers": [], "query_string": b"", "subprotocols": [],
-        "client": None, "scheme": "ws", "root_path": "", "raw_path": b"/v1/stream"}, inbox.get, send), 10)
+    await asyncio.wait_for(app.app(dict(SCOPE), inbox.get, send), 10)
     return found
 
 
@@ -269,6 +331,21 @@ def test_a_key_is_taken_from_three_places(guarded, how):
     assert {(one["interface"], one["key_id"], one["tenant"], one["status"]) for one in ring.audited()} == {
         ("websocket", "key-0", "网站", "ok")}
     assert key not in ring.audit_path.read_text()
+
+
+def test_a_start_that_is_refused_is_audited_and_counts_against_the_keys_rate(guarded):
+    app, ring = guarded
+    client = Client(app, additional_headers={"x-api-key": ring.add(requests_per_minute=2)})
+    refused = []
+    for _ in range(3):
+        client.send(type="start", id="a", stream=True)
+        refused.append(client.take())
+    assert [one["status"] for one in refused] == [400, 400, 429] and {one["id"] for one in refused} == {"a"}
+    assert wait_until(lambda: len(ring.audited()) == 3)
+    assert [(one["request_id"], one["status"]) for one in ring.audited()] == [
+        (one["request_id"], status)
+        for one, status in zip(refused, ("invalid", "invalid", "rate_limited"), strict=True)]
+    client.close()
 
 
 @pytest.mark.parametrize("first, says", [
