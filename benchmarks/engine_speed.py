@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine_speed                      # 9.3 M parameters, any machine
     python -m benchmarks.engine_speed --model=llama3_1b    # for a GPU or TPU
+    python -m benchmarks.engine_speed --deterministic      # what deterministic mode costs: both engines, in turn
 
 The weights are random: speed does not depend on them. Each case is measured in several rounds, in turn, so that what
 else the machine does falls on all alike; medians are printed, with the spread and the process's own CPU time.
@@ -61,29 +62,34 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="9m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded a sequence")
+    parser.add_argument("--deterministic", action="store_true", help="beside the usual engine, one in that mode")
     arguments = parser.parse_args()
     compile_cache.enable_compile_cache()
     config = MODELS[arguments.model]
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     make = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), models.init_params(
         Decoder(config, Execution()), key)))
-    engine = Engine(config, make(jax.random.key(0)), EngineConfig(num_pages=32 * 1024 // 16 + 4096 // 16, dtype=dtype))
-    seconds = engine.compile()
     device = jax.devices()[0].device_kind
-    print(f"{config.num_params() / 1e6:.1f} M parameters, {engine.dtype}, {device}, jax {jax.__version__}; "
-          f"compiled in {seconds:.1f} s")
-    cases = [(1, 128), (1, 1024), (1, 4096), (8, 128), (8, 1024), (32, 128), (32, 1024)]
-    results: dict[tuple[int, int], list] = {case: [] for case in cases}
+    params, engines = make(jax.random.key(0)), {}
+    for mode in ("usual", "deterministic")[:1 + arguments.deterministic]:
+        engines[mode] = Engine(config, params, EngineConfig(num_pages=32 * 1024 // 16 + 4096 // 16, dtype=dtype,
+                                                            deterministic=mode == "deterministic"))
+        print(f"{config.num_params() / 1e6:.1f} M parameters, {engines[mode].dtype}, {device}, jax {jax.__version__}; "
+              f"{mode}: compiled in {engines[mode].compile():.1f} s", flush=True)
+    cases = [(mode, *case) for case in ((1, 128), (1, 1024), (1, 4096), (8, 128), (8, 1024), (32, 128), (32, 1024))
+             for mode in engines]
+    results: dict[tuple[str, int, int], list] = {case: [] for case in cases}
     for _ in range(arguments.rounds):
-        for case in cases:
-            results[case].append(decode(engine, *case, arguments.steps))
-    print(f"{'rows':>5} {'context':>8} {'prompt tok/s':>13} {'decode tok/s':>13} {'spread':>8} {'cpu':>5}")
-    table = {}
-    for (rows, context), rounds in results.items():
+        for mode, rows, context in cases:
+            results[mode, rows, context].append(decode(engines[mode], rows, context, arguments.steps))
+    print(f"{'engine':>13} {'rows':>5} {'context':>8} {'prompt tok/s':>13} {'decode tok/s':>13} "
+          f"{'spread':>8} {'cpu':>5}")
+    table: dict[str, dict[str, float]] = {mode: {} for mode in engines}
+    for (mode, rows, context), rounds in results.items():
         prompt, decoded, cpu = (statistics.median(r[i] for r in rounds) for i in range(3))
         spread = (max(r[1] for r in rounds) - min(r[1] for r in rounds)) / decoded
-        print(f"{rows:5d} {context:8d} {prompt:13,.0f} {decoded:13,.0f} {spread:8.0%} {cpu:5.1f}")
-        table[f"{rows}x{context}"] = round(decoded, 1)
+        print(f"{mode:>13} {rows:5d} {context:8d} {prompt:13,.0f} {decoded:13,.0f} {spread:8.0%} {cpu:5.1f}")
+        table[mode][f"{rows}x{context}"] = round(decoded, 1)
     print(json.dumps({"model": arguments.model, "device": device, "decode_tokens_per_second": table}))
 
 

@@ -109,7 +109,8 @@ class Sweep:
     def _run_one(self, point: Point) -> dict[str, Any]:
         done = result(self.out / point.name)
         if done["status"] == "finished":
-            print(f"{point.name}: finished before", flush=True)
+            with self._lock:
+                print(f"{point.name}: finished before", flush=True)
             return row(point, done)
         log = self.out / f"{point.name}.log"
         with log.open("ab") as file, self._lock:
@@ -127,9 +128,11 @@ class Sweep:
         if status:
             lines = log.read_text(errors="replace").strip().splitlines() or [""]
             done |= {"status": "failed", "error": lines[-1][:300]}
-            print(f"{point.name}: failed with status {status}: {done['error']}", flush=True)
+            said = f"failed with status {status}: {done['error']}"
         else:
-            print(f"{point.name}: {done['status']}, validation loss {_number(done.get('validation_loss'))}", flush=True)
+            said = f"{done['status']}, validation loss {_number(done.get('validation_loss'))}"
+        with self._lock:  # lines of runs that end together would mix
+            print(f"{point.name}: {said}", flush=True)
         return row(point, done)
 
     def _end(self, futures: Sequence[concurrent.futures.Future[Any]]) -> None:

@@ -298,9 +298,10 @@ def test_every_flag_reaches_the_doors(monkeypatch, tmp_path):
     given = {"http_port": 0, "keys_file": "keys.json", "audit_file": "audit", "tls_cert": "cert", "tls_key": "key",
              "tls_client_ca": "ca", "state_dir": "state", "response_cache_entries": 3, "response_cache_seconds": 4.5,
              "filters": ("a:b", "c:d"), "interactions_file": "said", "traces": True, "log_format": "json",
-             "tool_format": "hermes"}
+             "tool_format": "hermes", "trusted_proxies": ("10.0.0.0/8", "::1")}
     assert {"model_name", *given} == {field.name for field in dataclasses.fields(ServerOptions)}
-    flags = [f"--{name}={value}" for name, value in given.items() if name != "filters"]
+    flags = [f"--{name}={one}" for name, value in given.items()
+             for one in (value if isinstance(value, tuple) else [value])]
 
     found = []
 
@@ -311,7 +312,7 @@ def test_every_flag_reaches_the_doors(monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "Parts", make)
     for more, name in (([], "tiny"), (["--served_model_name=小模型"], "小模型")):
         with pytest.raises(Asked):
-            serve.main(["--run_dir=runs/tiny/", "--port=0", "--filters=a:b", "--filters=c:d", *flags, *more])
+            serve.main(["--run_dir=runs/tiny/", "--port=0", *flags, *more])
         assert found.pop() == ServerOptions(model_name=name, **given)
 
 

@@ -242,12 +242,19 @@ def test_a_full_disk_is_one_message(data_dir, tmp_path, monkeypatch):
             loop.train(**settings(tmp_path / "run", data_dir, num_steps=5, eval_batches=1))
 
 
-def test_the_first_signal_is_a_request_and_the_second_is_not():
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python has it; a shell starts what it runs in the background without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_a_request_and_the_second_is_not(interruptible):
     with StopRequest() as stop:
         assert stop.signum is None
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.signum == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

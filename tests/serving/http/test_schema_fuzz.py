@@ -200,28 +200,28 @@ def engine(service, tmp_path):
     assert wait_until(lambda: not any(service.stats()[name] for name in ("pages_used", "running", "waiting")), 60)
 
 
-@pytest.mark.skipif(not SECONDS, reason="FUZZ_SECONDS=n asks for it")
-@pytest.mark.parametrize("over", ["a double", "a real engine"])
-def test_for_as_long_as_is_asked_for(over, request):
-    """The same with other values each time, half of the time over the double with keys, half over a real engine:
+if SECONDS:
+    @pytest.mark.parametrize("over", ["a double", "a real engine"])
+    def test_for_as_long_as_is_asked_for(over, request):
+        """The same with other values each time, half of the time over the double with keys, half over a real engine:
 
-        FUZZ_SECONDS=600 make test PYTEST_ARGS='tests/serving/http/test_schema_fuzz.py -k as_long -s'
+            FUZZ_SECONDS=600 make test PYTEST_ARGS='tests/serving/http/test_schema_fuzz.py -k as_long -s'
 
-    The seed that is printed last is that of a failure; FUZZ_SEED=n begins with it.
-    """
-    keys: list[str] = [""]
-    if over == "a double":
-        app, ring = request.getfixturevalue("guarded")
-        keys = [ring.add(role) for role in ROLES]
-    else:
-        app = request.getfixturevalue("engine")
-    ends = time.monotonic() + SECONDS / 2
-    seed = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**31)))
-    while time.monotonic() < ends:
-        print(f"FUZZ_SEED={seed} over {over}", flush=True)
-        for mode in (NEGATIVE, POSITIVE):
-            fuzz(app, mode, key=keys[seed % len(keys)], examples=25, seed=seed)
-        if over == "a real engine":
-            any_values(app, seed, BODIES, timeout_s=120)
-        no_http(app, seed, 100)
-        seed += 1
+        The seed that is printed last is that of a failure; FUZZ_SEED=n begins with it.
+        """
+        keys: list[str] = [""]
+        if over == "a double":
+            app, ring = request.getfixturevalue("guarded")
+            keys = [ring.add(role) for role in ROLES]
+        else:
+            app = request.getfixturevalue("engine")
+        ends = time.monotonic() + SECONDS / 2
+        seed = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**31)))
+        while time.monotonic() < ends:
+            print(f"FUZZ_SEED={seed} over {over}", flush=True)
+            for mode in (NEGATIVE, POSITIVE):
+                fuzz(app, mode, key=keys[seed % len(keys)], examples=25, seed=seed)
+            if over == "a real engine":
+                any_values(app, seed, BODIES, timeout_s=120)
+            no_http(app, seed, 100)
+            seed += 1
