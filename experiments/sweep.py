@@ -126,8 +126,7 @@ class Sweep:
             self._running.discard(process)
         done = result(self.out / point.name)
         if status:
-            lines = log.read_text(errors="replace").strip().splitlines() or [""]
-            done |= {"status": "failed", "error": lines[-1][:300]}
+            done |= {"status": "failed", "error": _error(log.read_text(errors="replace"))}
             said = f"failed with status {status}: {done['error']}"
         else:
             said = f"{done['status']}, validation loss {_number(done.get('validation_loss'))}"
@@ -146,6 +145,12 @@ class Sweep:
             process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait()
+
+
+def _error(log: str) -> str:
+    """The last line that says that it is one, for warnings may follow it; the last of all if none does."""
+    lines = log.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])[:300]
 
 
 def result(run_dir: pathlib.Path) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Run:
         def text(found: Any) -> Any:
             if isinstance(found, list):
                 return [text(one) for one in found]
-            if found.finish_reason == "error":
+            if found.error:
                 raise UserError(found.error)
             return found.text
 

@@ -171,10 +171,9 @@ def raise_if_failed(delta: Delta, is_live: bool, began: bool = False) -> None:
     if delta.finish_reason == "deadline" and not began:
         raise Rejected(Reason.DEADLINE, TOO_LATE)
     if delta.finish_reason == "cancelled":
-        if not is_live:
+        if delta.error or not is_live:  # a process that ended may have said why before it is known to be gone
             raise Unavailable(delta.error or "the server shut down before this request was finished")
-        raise Rejected(Reason.CANCELLED, delta.error or "the request was cancelled by the server",
-                       retry_after_s=RETRY_S)
+        raise Rejected(Reason.CANCELLED, "the request was cancelled by the server", retry_after_s=RETRY_S)
 
 
 def _mean_logprob(delta: Delta) -> float:

@@ -161,5 +161,5 @@ class JointService(Service):
             failed, self._requests = [*self._requests.values(), *self._entering.values()], {}
             self._entering = {}
             for request in failed:
-                self._tell_last(request, Delta(finish_reason="error", error=f"the service has ended: {error}"))
+                self._tell_last(request, Delta(finish_reason="cancelled", error=f"the service has ended: {error}"))
             self._changed.notify_all()

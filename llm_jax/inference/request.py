@@ -207,7 +207,7 @@ class Delta:
       finish_reason: None while it runs; "stop" (end token, stop id or string), "length", "cancelled", "deadline" or
         "error".
       usage: on the last delta.
-      error: with "error", what happened.
+      error: with "error", what happened; with "cancelled", why nobody can answer any more, where that is so.
       embedding: of a request for one, float32 [D], with the only delta.
     """
 

@@ -13,6 +13,7 @@ from llm_jax.errors import UserError
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import fan_in_normal, linear, make_norm, weight
 from llm_jax.models.lookup import look_up
+from llm_jax.models.ring_weight import unwrapped
 
 Array = jax.Array
 
@@ -43,7 +44,7 @@ class Output:
         if not self.is_table:
             return linear(x, weight, out_dtype=jnp.float32)
         dims = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(x, unwrapped(weight).astype(x.dtype), dims, preferred_element_type=jnp.float32)
 
     def capped(self, logits: Array) -> Array:
         """The logits, kept within ± the soft cap where there is one."""
@@ -73,7 +74,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BT: Array, positions_BT: Array, dtype: Any, token_types_BT: Array | None = None) -> Array:
         c = self.config
-        x_BTD = look_up(self.table_VD, tokens_BT, "lookup_vocab")
+        x_BTD = look_up(unwrapped(self.table_VD), tokens_BT, "lookup_vocab")
         if c.embed_scale is not None:
             x_BTD = x_BTD * c.embed_scale
         if c.positions == "learned":

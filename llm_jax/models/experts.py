@@ -26,8 +26,10 @@ from llm_jax.models.activations import mesh_axes
 from llm_jax.models.config import Execution, ModelConfig
 from llm_jax.models.facts import Experts as Facts
 from llm_jax.models.layers import Mlp, activation, fan_in_normal, weight
+from llm_jax.models.ring_weight import RingWeight, unwrapped
 from llm_jax.models.routing import route, router_sums
 from llm_jax.models.rows import row_cut
+from llm_jax.parallel.rings import Rings
 from llm_jax.parallel.rules import devices_along
 from llm_jax.parallel.sequence import row_order
 
@@ -70,8 +72,9 @@ class Experts(nn.Module):
                 self.sow("router", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
         chosen_BTA = jnp.where(is_token_BT[..., None], chosen_BTA, e)
-        out_BTD = _on_mesh(x_BTD, chosen_BTA, weight_BTA, tuple(w.astype(x_BTD.dtype) for w in weights),
-                           activation(c.activation), capacity)
+        rings = weights[0].lie.rings if isinstance(weights[0], RingWeight) else None
+        out_BTD = _on_mesh(x_BTD, chosen_BTA, weight_BTA, tuple(unwrapped(w).astype(x_BTD.dtype) for w in weights),
+                           activation(c.activation), capacity, rings)
         if facts.shared_dim:
             out_BTD = out_BTD + Mlp(c, residual_scale, width=facts.shared_dim, name="shared")(x_BTD)
         return out_BTD
@@ -105,14 +108,14 @@ def _routed(x_BTD: Array, router_DE: Array, bias_E: Array | None, facts: Facts) 
 
 
 def _on_mesh(x_BTD: Array, chosen_BTA: Array, weight_BTA: Array, weights: Weights, act: Callable[[Array], Array],
-             capacity: int | None) -> Array:
+             capacity: int | None, rings: Rings | None = None) -> Array:
     """`_compute` on the mesh that is set, by the rules that are set (`models.activation_rules`); alone where there are
     none.
 
     Each device keeps its own experts ("activation_experts") and its own slice of their inner width ("activation_mlp"),
     and computes only what is sent to them; devices that share the inner width add up their results. Where the outer
     width is divided too ("experts_embed"), devices show each other their parts of the matrices, forward and backward,
-    and add up each part's gradient where the part is.
+    and add up each part's gradient where the part is; along `rings`, one after the other.
 
     With a capacity, each device packs the tokens of its rows into its slots of all experts, an all-to-all along the
     axis of experts brings the slots to their experts, and another one the results back: B · T · A · factor vectors each
@@ -146,12 +149,12 @@ def _on_mesh(x_BTD: Array, chosen_BTA: Array, weight_BTA: Array, weights: Weight
 
     def local(x_BTD: Array, chosen_BTA: Array, weight_BTA: Array, weights: Weights) -> Array:
         if capacity is not None and spread:
-            of_slots = _with_whole(functools.partial(slots_mlp, activation=act), outer)
+            of_slots = _with_whole(functools.partial(slots_mlp, activation=act), outer, rings)
             return _exchanged(x_BTD, chosen_BTA, weight_BTA, weights, of_slots, capacity, experts, length, order)[None]
         if spread:
             x_BTD, chosen_BTA, weight_BTA = _gathered((x_BTD, chosen_BTA, weight_BTA), experts)
         first = jax.lax.axis_index(experts) * weights[0].shape[0] if experts else 0
-        compute = _with_whole(functools.partial(_compute, act=act, capacity=capacity), outer)
+        compute = _with_whole(functools.partial(_compute, act=act, capacity=capacity), outer, rings)
         out_BTD = compute(x_BTD, chosen_BTA - first, weight_BTA, weights)
         return (jax.lax.psum_scatter(out_BTD, experts, tiled=True) if spread else out_BTD)[None]
 
@@ -196,7 +199,7 @@ def _exchanged(x_BTD: Array, chosen_BTA: Array, weight_BTA: Array, weights: Weig
     return jax.lax.psum_scatter(out_BTD, length, scatter_dimension=1, tiled=True) if length else out_BTD
 
 
-def _with_whole(compute: Callable[..., Array], outer: tuple[str, ...]) -> Callable[..., Array]:
+def _with_whole(compute: Callable[..., Array], outer: tuple[str, ...], rings: Rings | None) -> Callable[..., Array]:
     """`compute`, whose last argument is a device's part of the matrices along the mesh axes `outer`, with the whole
     ones; they are gathered again in the backward pass instead of being kept."""
     if not outer:
@@ -204,7 +207,10 @@ def _with_whole(compute: Callable[..., Array], outer: tuple[str, ...]) -> Callab
 
     def whole(*arguments: Any) -> Array:
         *inputs, (gate, up, down) = arguments
-        (gate, up), (down,) = _gathered((gate, up), outer, axis=1), _gathered((down,), outer, axis=2)
+        if rings is not None and outer == (rings.axis,):
+            gate, up, down = (rings.all_gather(w, axis) for w, axis in ((gate, 1), (up, 1), (down, 2)))
+        else:
+            (gate, up), (down,) = _gathered((gate, up), outer, axis=1), _gathered((down,), outer, axis=2)
         return compute(*inputs, (gate, up, down))
 
     return jax.checkpoint(whole, policy=lambda primitive, *_, **__: primitive.name != "all_gather", prevent_cse=False)

@@ -48,11 +48,24 @@ def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
         leading, trailing, inner = x.shape[:x.ndim - contract], w.shape[contract:], math.prod(w.shape[:contract])
         out = _with_own_gradients(1, dtype, x.reshape(-1, inner), w.reshape(inner, -1))
         return out.reshape(*leading, *trailing)
-    return (_with_own_gradients if platform() == "cpu" else _product)(contract, dtype, x, w)
+    return (_with_own_gradients if platform() == "cpu" else product)(contract, dtype, x, w)
 
 
-def _product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
-    return _summed(x, w, tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)), out_dtype)
+def product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
+    """x · w, as `linear` says, of arrays of one dtype."""
+    return _summed(x, w, range(x.ndim - contract, x.ndim), range(contract), out_dtype)
+
+
+def gradient_of_input(contract: int, out_dtype: Any, g: Array, w: Array) -> Array:
+    """That of `product` by x, told by that of the result (g)."""
+    kept = g.ndim - (w.ndim - contract)
+    return _summed(g, w, range(kept, g.ndim), range(contract, w.ndim), out_dtype)
+
+
+def gradient_of_weight(contract: int, out_dtype: Any, x: Array, g: Array) -> Array:
+    """That of `product` by w, told by that of the result (g)."""
+    kept = range(x.ndim - contract)
+    return _summed(x, g, kept, kept, out_dtype)
 
 
 def _summed(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dtype: Any) -> Array:
@@ -61,18 +74,16 @@ def _summed(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dt
 
 # Autodiff makes the weight's gradient as (gᵀ · x)ᵀ. XLA for CPUs turns a large activation around for that; xᵀ · g it
 # multiplies as it lies: 10 % of a step (docs/performance.md).
-_with_own_gradients = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+_with_own_gradients = jax.custom_vjp(product, nondiff_argnums=(0, 1))
 
 
 def _forward(contract: int, out_dtype: Any, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(contract, out_dtype, x, w), (x, w)
+    return product(contract, out_dtype, x, w), (x, w)
 
 
 def _backward(contract: int, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
-    kept = x.ndim - contract
-    dx = _summed(g, w, range(kept, g.ndim), range(contract, w.ndim), out_dtype)
-    dw = _summed(x, g, range(kept), range(kept), out_dtype)
+    dx, dw = gradient_of_input(contract, out_dtype, g, w), gradient_of_weight(contract, out_dtype, x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

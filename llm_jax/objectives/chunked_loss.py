@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from llm_jax.models.activations import constrained, devices_along
 from llm_jax.models.embedding import Output
+from llm_jax.models.ring_weight import Lie, RingWeight, unwrapped
 
 Array = jax.Array
 
@@ -75,13 +76,15 @@ def _cut(B: int, T: int, most: int) -> _Cut:
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What is static: the logits' recipe (its weight left out), the chunks, and dtypes for the backward pass."""
+    """What is static: the logits' recipe (its weight left out), the chunks, dtypes for the backward pass, and where the
+    weight lies, if its gradient is to be scattered along rings of chips."""
 
     output: Output
     cut: _Cut
     z_loss: float
     x_dtype: Any
     weight_dtype: Any
+    lie: Lie | None
 
 
 def chunked_sums(x_BTD: Array, output: Output, targets_BT: Array, weights_BT: Array, *, chunk: int,
@@ -102,9 +105,11 @@ def chunked_sums(x_BTD: Array, output: Output, targets_BT: Array, weights_BT: Ar
     """
     B, T, _ = x_BTD.shape
     x_BTD = output.scaled(x_BTD)
-    # A weight of another kind (quantized, with an addition) is multiplied out; an array is cast where it is used.
-    weight = output.weight if isinstance(output.weight, jax.Array) else output.weight.astype(x_BTD.dtype)
-    how = _How(dataclasses.replace(output, weight=None), _cut(B, T, chunk), z_loss, x_BTD.dtype, weight.dtype)
+    weight = unwrapped(output.weight)
+    lie = output.weight.lie if isinstance(output.weight, RingWeight) else None
+    if not isinstance(weight, jax.Array):  # of another kind (quantized, with an addition): multiplied out
+        weight = weight.astype(x_BTD.dtype)
+    how = _How(dataclasses.replace(output, weight=None), _cut(B, T, chunk), z_loss, x_BTD.dtype, weight.dtype, lie)
     objective_sum, loss_sum, z_loss_sum = _sums(how, x_BTD, weight, targets_BT, weights_BT.astype(jnp.float32))
     return objective_sum, jax.lax.stop_gradient({"loss_sum": loss_sum, "z_loss_sum": z_loss_sum})
 
@@ -176,4 +181,9 @@ def _through_chunks(how: _How, x_BTD: Array, weight: Array, targets_BT: Array, w
     sums = (loss_sum + z_loss_sum, loss_sum, z_loss_sum)
     if not with_gradients:
         return sums, ()
-    return sums, (cut.out_of_chunks(of_x, B, T), jnp.sum(of_weight, axis=(0, 1)), losses_BT + z_losses_BT)
+    return sums, (cut.out_of_chunks(of_x, B, T), _added_up(how.lie, of_weight), losses_BT + z_losses_BT)
+
+
+def _added_up(lie: Lie | None, parts_RSDV: Array) -> Array:
+    """The output weight's gradient, of which each device has a part."""
+    return jnp.sum(parts_RSDV, axis=(0, 1)) if lie is None else lie.added_up(parts_RSDV)

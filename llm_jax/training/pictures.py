@@ -159,7 +159,7 @@ class Pictures:
         p = self._parts
         grads, _ = gradients(p.model, params, batch, None, z_loss=p.z_loss, accumulation=p.accumulation, mesh=p.mesh,
                              gradient_shardings=moment_shardings(p.model, p.mesh, p.rules),
-                             activations=p.rules.activations)
+                             rules=p.rules)
         return {"parameters": histograms(params, p.config, self.layers),
                 "gradients": histograms(grads, p.config, self.layers)}
 

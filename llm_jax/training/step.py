@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models
 from llm_jax.errors import UserError
+from llm_jax.models import ring_weight
 from llm_jax.objectives import balance
 from llm_jax.objectives.next_token import next_token_sums, targets_and_weights
 from llm_jax.parallel import rules as rules_lib
-from llm_jax.training import layer_norms
+from llm_jax.training import layer_norms, low_bit
 from llm_jax.training.compiled_step import CompiledStep
 from llm_jax.training.guard import APPLIED, NOT_FINITE, OVERFLOW, RecoveryConfig
-from llm_jax.training.low_bit import wrapped_apply
 from llm_jax.training.precision import PrecisionConfig
 from llm_jax.training.state import TrainState, moment_shardings
 
@@ -47,7 +47,7 @@ def microbatches(batch: Batch, count: int, mesh: Mesh | None = None,
 
 def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_loss: float = 0.0, accumulation: int = 1,
               mesh: Mesh | None = None, gradient_shardings: Any = None,
-              activations: rules_lib.Rules = rules_lib.ACTIVATIONS, matmul: str = "none",
+              rules: rules_lib.ShardingRules = rules_lib.ShardingRules(), matmul: str = "none",  # noqa: B008 (frozen)
               loss_scale: Array | None = None) -> tuple[Any, dict[str, Any]]:
     """Gradient of the batch's mean objective, by microbatches that are weighted by their tokens.
 
@@ -65,7 +65,7 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
       accumulation: number of microbatches; divides the rows.
       mesh: where the microbatches lie.
       gradient_shardings: shardings that the gradients are kept in, those of the moments.
-      activations: the table of `mesh`'s activations.
+      rules: where everything lies on `mesh`.
       matmul: see `PrecisionConfig`.
       loss_scale: float32 scalar that the backward pass is multiplied by; what is returned is divided by it again.
 
@@ -73,7 +73,9 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
       Gradients (float32, structure of `params`) and the sums that `next_token_sums` gives.
     """
     total = jnp.maximum(jnp.sum(targets_and_weights(batch)[1]), 1.0)
-    apply = wrapped_apply(model.apply, matmul)
+    apply = low_bit.wrapped_apply(model.apply, matmul)
+    if mesh is not None and matmul == "none":
+        apply = ring_weight.wrapped_apply(apply, models.logical_axes(model), mesh, rules)
 
     def objective(params: Any, micro: Batch, key: Array | None) -> tuple[Array, dict[str, Any]]:
         objective_sum, sums = next_token_sums(apply, params, micro, key, z_loss=z_loss, config=model.config,
@@ -96,7 +98,7 @@ def gradients(model: Any, params: Any, batch: Batch, rng: Array | None, *, z_los
         return jax.tree.map(jnp.add, carry, micro_gradients(piece, key)), None
 
     zeros = _placed(jax.tree.map(jnp.zeros_like, params), gradient_shardings)
-    pieces = (jnp.arange(accumulation), microbatches(batch, accumulation, mesh, activations))
+    pieces = (jnp.arange(accumulation), microbatches(batch, accumulation, mesh, rules.activations))
     sums_like = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], pieces[1]), rng)[1]
     zero_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_like)
     (grads, sums), _ = jax.lax.scan(add, (zeros, zero_sums), pieces)
@@ -109,7 +111,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callable, state: TrainState, batch: Batch, *,
            z_loss: float = 0.0, selection_bias_rate: float = 0.0, accumulation: int = 1, mesh: Mesh | None = None,
-           gradient_shardings: Any = None, activations: rules_lib.Rules = rules_lib.ACTIVATIONS,
+           gradient_shardings: Any = None, rules: rules_lib.ShardingRules = rules_lib.ShardingRules(),  # noqa: B008
            precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 (frozen)
            recovery: RecoveryConfig = RecoveryConfig()) -> tuple[TrainState, dict[str, Array]]:  # noqa: B008 (frozen)
     """One training step, as a pure function (`make_train_step` compiles it).
@@ -131,7 +133,7 @@ def update(model: Any, optimizer: optax.GradientTransformation, schedule: Callab
     is_scaled = precision.scales(model.execution.dtype)
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.updates)
     grads, sums = gradients(model, state.params, batch, rng, z_loss=z_loss, accumulation=accumulation, mesh=mesh,
-                            gradient_shardings=gradient_shardings, activations=activations, matmul=precision.matmul,
+                            gradient_shardings=gradient_shardings, rules=rules, matmul=precision.matmul,
                             loss_scale=state.scale.value if is_scaled else None)
     grad_norm = optax.global_norm(grads)
     targets = jnp.maximum(sums["weight_sum"], 1.0)
@@ -214,10 +216,10 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformation, schedul
         with models.activation_rules(rules.activations):
             return update(model, optimizer, schedule, state, batch, z_loss=z_loss,
                           selection_bias_rate=selection_bias_rate, accumulation=accumulation, mesh=mesh,
-                          gradient_shardings=gradient_shardings, activations=rules.activations, precision=precision,
+                          gradient_shardings=gradient_shardings, rules=rules, precision=precision,
                           recovery=recovery)
 
-    wrapped_apply(model.apply, precision.matmul)  # that its package is absent is said before anything is compiled
+    low_bit.wrapped_apply(model.apply, precision.matmul)  # that a package is absent is said before anything is compiled
     jitted = jax.jit(train_step, donate_argnums=0,
                      in_shardings=(shardings, rules_lib.batch_sharding(mesh, rules.activations)),
                      out_shardings=(shardings, rules_lib.replicated(mesh)))

@@ -20,7 +20,8 @@ run.mkdir(exist_ok=True)
 (run / "runs").open("a").write("x")
 if flags["SEED"] == "1":
     print("noise")
-    sys.exit("error: a loss that is not finite")
+    print("error: a loss that is not finite\\na warning of something else", file=sys.stderr)
+    sys.exit(1)
 loss = float(flags["RATE"]) * 100
 (run / "manifest.json").write_text(json.dumps({
     "num_steps": 10, "finished_steps": 10, "metrics": {"end": {"loss": loss, "bits_per_byte": 2.0}},
@@ -57,7 +58,7 @@ def test_failures_stop_nothing_and_finished_runs_are_not_repeated(fake, tmp_path
     table = [line.split() for line in lines[lines.index("") + 1:]]
     assert [row[:2] for row in table[1:3]] == [["1.0000", "0.5000"], ["3.0000", "2.5000"]], "not sorted by loss"
     assert [row[5] for row in table[1:]] == ["finished"] * 2 + ["failed"] * 2
-    assert any("SEED=1: failed with status 1: error: a loss that is not finite" in line for line in lines)
+    assert sum("SEED=1: failed with status 1: error: a loss that is not finite" in line for line in lines) == 2, lines
     assert sweep.main([*arguments, "--json"]) == 1
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert rows[0] == {"run": "RATE=0.01__SEED=0", "RATE": "0.01", "SEED": "0", "status": "finished", "steps": 10,

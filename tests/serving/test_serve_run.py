@@ -161,7 +161,7 @@ def test_a_killed_process_ends_the_service_of_all(run_dir):
         stream = client.generate("def main(", max_tokens=50, ignore_eos=True)
         next(stream)
         other.kill()
-        with pytest.raises(RequestFailed, match="INTERNAL: the service has ended|UNAVAILABLE"):
+        with pytest.raises(RequestFailed, match="UNAVAILABLE"):
             while True:  # what was on its way may still be told in full
                 list(stream)
                 stream = client.generate("def main(", max_tokens=50, ignore_eos=True)

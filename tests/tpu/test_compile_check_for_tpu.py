@@ -43,3 +43,19 @@ def test_the_compiler_s_refusal_is_does_not_fit(capsys):
     assert status == 1 and not found["fits"]
     assert not found["memory"]["is_known"]
     assert found["memory"]["peak"] > 16 * 2**30 > found["memory"]["limit"] > 15 * 2**30
+
+
+@pytest.mark.parametrize("topology, fsdp, tensor", [("v5e:16x16", 256, 1), ("v5p:4x4x4", 16, 4)])
+def test_gradients_along_two_rings_are_reduce_scattered(topology, fsdp, tensor, capsys):
+    """Left to itself, the compiler would sum each on every chip; see `parallel.rings`."""
+    status, found = report(
+        capsys, f"--topology={topology}", f"--gin.MeshConfig.fsdp={fsdp}", f"--gin.MeshConfig.tensor={tensor}",
+        "--gin.ModelConfig.embed_dim=4096", "--gin.ModelConfig.mlp_dim=14336", "--gin.ModelConfig.num_heads=8",
+        "--gin.ModelConfig.num_kv_heads=8", "--gin.ModelConfig.head_dim=128", "--gin.ModelConfig.vocab_size=16512",
+        "--gin.BATCH_SIZE=256", "--gin.ROW_LENGTH=128", "--gin.Execution.loss_chunk=128")
+    assert status == 0
+    sent = {}
+    for op in found["collectives"]:
+        if "tensor" not in (op["axes"] or ()):
+            sent[op["kind"]] = sent.get(op["kind"], 0) + op["bytes"]
+    assert sent["reduce-scatter"] > 5 * sent["all-reduce"]

@@ -70,7 +70,9 @@ def test_a_stream_has_the_text_that_http_gives_in_one_piece(ws, client):
     *deltas, last = ws.answer(**asked)
     alone = client.completions.create(model=MODEL, **asked)
     assert [text(deltas, i) for i in (0, 1)] == [choice.text for choice in alone.choices]
-    assert len(deltas) > 4 and deltas[0]["logprobs"]["token_logprobs"] == [-0.5]
+    # How many tokens come in a piece is for whoever reads fast or slowly enough; what comes is the same.
+    of_first = [value for one in deltas if one["index"] == 0 for value in one["logprobs"]["token_logprobs"]]
+    assert len(deltas) > 2 and of_first == alone.choices[0].logprobs.token_logprobs == [-0.5] * 23
     assert last["choices"] == [{"index": i, "finish_reason": "length"} for i in (0, 1)]
     assert last["usage"]["completion_tokens"] == 46 and last["request_id"].startswith("req-")
 
