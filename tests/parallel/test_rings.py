@@ -104,13 +104,13 @@ def test_devices_without_a_place_in_a_torus_have_no_rings():
 
 
 def test_a_wide_array_is_scattered_in_pieces_of_which_none_is_lost():
-    # 97 blocks of 128, a number with a large odd factor, as vocabularies have.
-    x_NDV = np.random.default_rng(0).normal(size=(8, 8, 97 * 128)).astype(np.float32)
+    # 263 blocks of 128, a number with a large odd factor, as vocabularies have; and an axis of one in between.
+    x_NDV = np.random.default_rng(0).normal(size=(8, 8, 1, 263 * 128)).astype(np.float32)
     mesh = make_mesh(MeshConfig(fsdp=8))
     scattered = jax.jit(jax.shard_map(lambda x_NDV: Rings("fsdp", (4, 2)).psum_scatter(x_NDV[0], 0), mesh=mesh,
                                       in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"), check_vma=False))
     np.testing.assert_allclose(scattered(x_NDV), x_NDV.sum(0), rtol=0, atol=1e-5)
-    assert scattered.lower(x_NDV).as_text().count("reduce_scatter") == 2 * 2, "64 blocks and 33, in two stages"
+    assert scattered.lower(x_NDV).as_text().count("reduce_scatter") == 2 * 2, "256 blocks and 7, in two stages"
 
 
 def test_groups_are_the_lines_of_the_grid():
