@@ -113,6 +113,10 @@ class JointService(Service):
             with contextlib.suppress(Disconnected):
                 self._line.exchange([{"stop": True}], time.monotonic())
 
+    def _hold(self, flight: Any) -> None:
+        if self._line.leads:  # the others wait for what it says
+            super()._hold(flight)
+
     def _turn(self, flight: Any) -> Any:
         with self._changed:
             events, self._events = self._events, []

@@ -17,6 +17,7 @@ from llm_jax.inference.engine import Engine
 from llm_jax.inference.engine_config import EngineConfig
 from llm_jax.inference.generation_config import SamplingDefaults
 from llm_jax.inference.intake import Intake, deadline_of
+from llm_jax.inference.pace import Pace
 from llm_jax.inference.proposing import Proposer
 from llm_jax.inference.request import Delta, InvalidRequest, QueueFull, SamplingParams, Unavailable
 from llm_jax.inference.requests import POOLINGS, Listener, Request
@@ -67,6 +68,7 @@ class Service:
         self._scheduler = self._make_scheduler()
         self._intake = Intake(engine, tokenizer)
         self._proposer = Proposer(engine)
+        self._pace = Pace()
         self._requests: dict[int, Request] = {}
         self._coming = 0  # requests that are taken in: a grammar may take seconds to compile
         self._ids = itertools.count()
@@ -300,20 +302,33 @@ class Service:
                 if self._closed:
                     return
             try:
+                if flight is not None:
+                    self._hold(flight)
                 flight = self._turn(flight)
             except Exception as error:  # noqa: BLE001 - a failed step must not end the service
                 log.exception("a step failed")
                 flight = None
+                self._pace = Pace()
                 self._fail_all(error)
+
+    def _hold(self, flight: Flight) -> None:
+        """Waits while the device is busy with `flight` anyway: who comes now has a place in the next step."""
+        shape = flight.running.step.shape
+        if (seconds := self._pace.hold_s(shape)) > 0.0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, seconds)
+            if flight.running.is_done():
+                self._pace.overslept(shape)
 
     def _turn(self, flight: Flight | None) -> Flight | None:
         """Sends the next step, then reads the one before it; returns the step that is under way now."""
+        began = time.monotonic()
         with self._changed:
             speculates = self._proposer.decide(self._running())
             in_order = speculates or self._new_params is not None or any(
                 r.sequence.needs_host for r in self._requests.values())
         if in_order and flight is not None:
-            self._land(flight)
+            self._land(flight, follows=False)
             flight = None
         with self._changed:
             self._take_new_params()
@@ -329,8 +344,10 @@ class Service:
             elif flight is None and self._requests:
                 self._changed.wait(0.01)  # nothing can run before something changes
         following = Flight(plan, self.engine.dispatch(prepared)) if plan is not None and prepared is not None else None
+        if following is not None:
+            self._pace.sent(time.monotonic() - began, follows=flight is not None)
         if flight is not None:
-            self._land(flight)
+            self._land(flight, follows=following is not None)
         return following
 
     def _running(self) -> list[Request]:
@@ -349,9 +366,10 @@ class Service:
         self.statistics.planned(plan)
         return self.engine.prepare(plan, {r.id: r.asked() for r in drawing}, scores=scores, hidden=hidden)
 
-    def _land(self, flight: Flight) -> None:
-        """Reads a step's results and tells the listeners."""
+    def _land(self, flight: Flight, follows: bool) -> None:
+        """Reads a step's results and tells the listeners; `follows`: the next one is under way."""
         results = self.engine.collect(flight.running)
+        self._pace.landed(flight.running.step.shape, follows)
         with self._changed:
             starts = {c.sequence.id: c.start for c in flight.plan}
             for i, found in results.scores.items():

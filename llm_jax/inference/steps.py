@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +82,11 @@ class RunningStep:
     top: tuple[jax.Array, jax.Array] | None
     scores: tuple[tuple[jax.Array, jax.Array, jax.Array], ...]
     hidden: jax.Array | None
+
+    def is_done(self) -> bool:
+        """Whether the device has finished it."""
+        array: Any = self.tokens[0]
+        return bool(array.is_ready())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,14 @@ def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
     return (_with_own_gradients if platform() == "cpu" else product)(contract, dtype, x, w)
 
 
+def is_projection(path: Sequence[Any]) -> bool:
+    """Whether a parameter is a matrix that `linear` multiplies and nothing else touches, told by its place in the tree:
+    keys as `jax.tree_util.tree_map_with_path` gives them."""
+    names = [getattr(key, "key", "") for key in path]
+    return (len(names) > 1 and names[-2] in ("attention", "mlp", "shared") and names[-1] != "scale"
+            and not names[-1].endswith("bias"))
+
+
 def product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
     """x · w, as `linear` says, of arrays of one dtype."""
     return _summed(x, w, range(x.ndim - contract, x.ndim), range(contract), out_dtype)

@@ -18,9 +18,7 @@ from llm_jax.parallel.rules import ShardingRules, devices_along, mesh_axes
 
 Array = jax.Array
 
-# The modules whose matrices `layers.linear` multiplies, and nothing but it; the experts' matrices; and the arrays that
-# make the logits.
-_MODULES = ("attention", "mlp", "shared")
+# Beside projections: the experts' matrices, and what the logits are made with.
 _EXPERTS = ("gate", "up", "down")
 _OUTPUTS = ("unembed", "embedding")
 
@@ -135,9 +133,8 @@ def wrapped_apply(apply: Callable[..., Any], axes: Any, mesh: Mesh, rules: Shard
 
     def wrap(path: tuple, names: tuple[str, ...], leaf: Any) -> Any:
         keys = [getattr(key, "key", "") for key in path]
-        is_matrix = len(keys) > 1 and keys[-2] in _MODULES and keys[-1] != "scale" and not keys[-1].endswith("bias")
         is_expert = len(keys) > 1 and keys[-2] == "experts" and keys[-1] in _EXPERTS
-        if not (is_matrix or is_expert or keys[-1] in _OUTPUTS):
+        if not (layers.is_projection(path) or is_expert or keys[-1] in _OUTPUTS):
             return leaf
         lie = _lie(names[1:] if names[0] == "layers" else names, rings, mesh, rules)
         return leaf if lie is None else RingWeight(leaf, lie)

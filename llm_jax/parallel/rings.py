@@ -70,8 +70,9 @@ _all_gather.defvjp(lambda rings, dimension, x: (_all_gather(rings, dimension, x)
 # What the compiler for TPUs (libtpu 0.0.42.1) does not turn into an all-reduce again, told by compiling sums of many
 # shapes for rings of 4, 8 and 16: it scatters along the first axis of an array, and not along the last or past axes of
 # length 1; and only if the last axis, counted in blocks of 128, has no odd factor that is large for the ring, as a
-# vocabulary of 128,256 has with 501. At least 160 blocks with an odd factor under 8 it scatters along each.
-_LANES, _ALWAYS, _ODD_TIMES_RING = 128, 160, 1024
+# vocabulary of 128,256 has with 501. At least 160 blocks with an odd factor under 8 it scatters along each. Pieces are
+# copies, so they are kept small.
+_LANES, _ALWAYS, _MOST, _ODD_TIMES_RING = 128, 160, 256, 1024
 
 
 def _cuts(width: int, ring: int) -> list[int]:
@@ -84,7 +85,7 @@ def _cuts(width: int, ring: int) -> list[int]:
         if blocks < _ALWAYS or odd * ring <= _ODD_TIMES_RING:
             return cuts
         below = blocks.bit_length() - 3  # three leading bits are kept
-        at += max(blocks >> below << below, _ALWAYS) * _LANES
+        at += min(max(blocks >> below << below, _ALWAYS), _MOST) * _LANES
         cuts.append(at)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.errors import UserError
+from llm_jax.models.layers import is_projection
 
 Array = jax.Array
 
@@ -28,8 +29,6 @@ Array = jax.Array
 # float32 decides, and with it how a program was compiled.
 _FORMATS: dict[str, tuple[Any, str]] = {"int8": (jnp.int8, f"absmax,{127.5 / 127}"),
                                         "fp8": (jnp.float8_e4m3fn, "absmax")}
-# The modules whose matrices are all multiplied by `models.layers.linear`, and nothing but it.
-_MODULES = ("attention", "mlp", "shared")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["kind"])
@@ -60,9 +59,7 @@ def wrapped_apply(apply: Callable[..., Any], matmul: str) -> Callable[..., Any]:
     _qwix()
 
     def wrap(path: tuple, leaf: Any) -> Any:
-        names = [getattr(key, "key", None) for key in path]
-        is_matrix = not (names[-1].endswith("bias") or names[-1] == "scale")
-        return LowBit(leaf, matmul) if is_matrix and len(names) > 1 and names[-2] in _MODULES else leaf
+        return LowBit(leaf, matmul) if is_projection(path) else leaf
 
     def call(variables: dict[str, Any], *args: Any, **options: Any) -> Any:
         params = jax.tree_util.tree_map_with_path(wrap, variables["params"])

@@ -252,6 +252,48 @@ def test_a_failing_step_ends_its_requests_and_not_the_service(service, engine, m
     assert complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])[0] == before
 
 
+def test_who_comes_while_a_step_runs_is_in_the_next_one(service, monkeypatch):
+    """The next step is planned when the one that runs is about to end, and not before."""
+    planned, second = [], []
+    real_prepare, real_hold = service.engine.prepare, service._pace.hold_s
+
+    def prepare(plan, *args, **options):
+        planned.append({chunk.sequence.id for chunk in plan})
+        return real_prepare(plan, *args, **options)
+
+    def hold_s(shape):
+        if not second:  # the first step runs, and nobody has planned another
+            second.append(service.submit([1, 7], SamplingParams(max_tokens=2), ended.put))
+        return real_hold(shape)
+
+    ended: queue.Queue = queue.Queue()
+    monkeypatch.setattr(service.engine, "prepare", prepare)
+    monkeypatch.setattr(service._pace, "hold_s", hold_s)
+    complete(service, [[1, 5, 9]], [SamplingParams(max_tokens=6)])
+    while ended.get(timeout=30).finish_reason is None:
+        pass
+    assert second[0] in planned[1]
+
+
+def test_a_wait_for_the_next_step_ends_with_the_service(fresh, monkeypatch):
+    s = fresh()
+    waits = threading.Event()
+
+    def hold_s(shape):
+        waits.set()
+        return 3600.0
+
+    monkeypatch.setattr(s._pace, "hold_s", hold_s)
+    ended: queue.Queue = queue.Queue()
+    s.submit([1, 5, 9], SamplingParams(max_tokens=50), ended.put)
+    assert waits.wait(30)
+    s.close()
+    found = [ended.get(timeout=30)]
+    while found[-1].finish_reason is None:
+        found.append(ended.get(timeout=30))
+    assert found[-1].finish_reason == "cancelled" and len(found) < 4
+
+
 def test_an_engine_that_cannot_be_restarted_closes_the_service_and_hangs_nobody(fresh, monkeypatch):
     s = fresh()
     engine = s.engine
