@@ -14,7 +14,7 @@ from tests.serving.doubles import wait_until
 from tests.serving.http.conftest import running_app
 from tests.serving.http.test_app import COMPLETIONS, complete
 
-MANY = 4 << 20
+MANY = 64 << 20  # more than the buffers of a connection on one machine hold (about 10 MiB)
 
 
 def sent(port: int, *pieces: bytes) -> tuple[bytes, int]:
