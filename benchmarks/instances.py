@@ -259,15 +259,16 @@ def main() -> int:
 
 
 def lost_needlessly(phases: Mapping[str, Mapping]) -> list[str]:
-    """What should not have happened: anything but answers, save the streams that ran on the killed instance, and
-    gRPC's calls that reached the draining one, which nobody had taken out of the list (as `swap` does)."""
+    """What should not have happened: anything but answers, save the streams that ran on the killed instance (cut, or
+    before their first word told to try again), and gRPC's calls that reached the draining one, which nobody had taken out of the list (as `swap` does)."""
     found = []
     for name, phase in phases.items():
         for kind in KINDS:
             bad = {result: count for result, count in phase[kind].items() if result != "ok"}
             if name == "one killed":
                 bad = {result: count for result, count in bad.items()
-                       if not (kind.endswith("stream") and result.startswith("cut"))}
+                       if not (kind.endswith("stream") and result.startswith("cut"))
+                       and not (kind == "grpc stream" and result == "UNAVAILABLE")}
             if name == "one drained" and kind.startswith("grpc"):  # refused, or come when it was about to end
                 bad = {result: count for result, count in bad.items() if result not in ("UNAVAILABLE", "CANCELLED")}
             if bad:
