@@ -260,7 +260,8 @@ def main() -> int:
 
 def lost_needlessly(phases: Mapping[str, Mapping]) -> list[str]:
     """What should not have happened: anything but answers, save the streams that ran on the killed instance (cut, or
-    before their first word told to try again), and gRPC's calls that reached the draining one, which nobody had taken out of the list (as `swap` does)."""
+    before their first word told to try again), and gRPC's calls that reached the draining one, which nobody had taken
+    out of the list (as `swap` does)."""
     found = []
     for name, phase in phases.items():
         for kind in KINDS:
