@@ -17,19 +17,18 @@ import itertools
 import json
 import os
 import statistics
-import threading
-import time
+import timeit
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.engine_speed import MODELS
 from benchmarks.prefix_cache import make_services
+from benchmarks.priority import Load
+from benchmarks.serve_trace.weights import MODELS
 from llm_jax import compile_cache
 from llm_jax.inference.engine_config import EngineConfig
-from llm_jax.inference.request import Delta, SamplingParams
 from llm_jax.inference.service import Service
 
 CONTEXT, WIDTH, REPEATS = 256, 1024, 5
@@ -56,35 +55,17 @@ def probes(num_bytes: int) -> dict[str, Callable[[], object]]:
             "matrix × vector, XLA": lambda: product(on_device, x).block_until_ready()}
 
 
-def shortest(call: Callable[[], object]) -> float:
-    """Seconds of a call, the least of a few."""
-    found = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return min(found)
-
-
 def gaps(service: Service, tokens: int) -> list[float]:
     """Seconds between the tokens of a lone greedy stream."""
-    times: list[float] = []
-    done = threading.Event()
-
-    def listen(delta: Delta) -> None:
-        times.extend([time.perf_counter()] * len(delta.token_ids))
-        if delta.finish_reason is not None:
-            done.set()
-
-    service.submit([5] * 32, SamplingParams(max_tokens=tokens, ignore_eos=True), listen)
-    done.wait()
-    return [b - a for a, b in itertools.pairwise(times)][4:]
+    stream = Load(service).send(32, tokens)
+    stream.done.wait()
+    return [b - a for a, b in itertools.pairwise(stream.times)][4:]
 
 
 def main() -> None:
     """Measures, prints a table, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("9m", "88m"), default="88m")
+    parser.add_argument("--model", choices=MODELS, default="88m")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64, help="of the stream in each round")
     args = parser.parse_args()
@@ -96,11 +77,11 @@ def main() -> None:
     gaps(service, 8)  # warm up
     rounds: list[dict[str, float]] = []
     for _ in range(args.rounds):
-        rounds.append({name: shortest(call) for name, call in calls.items()}
+        rounds.append({name: min(timeit.repeat(call, number=1, repeat=REPEATS)) for name, call in calls.items()}
                       | {"a token of the stream": statistics.median(gaps(service, args.tokens))})
     service.close()
     ratios = [found["a token of the stream"] / min(found[name] for name in calls) for found in rounds]
-    print(f"{args.model}, {MODELS[args.model].num_params() / 1e6:.1f} M parameters, {num_bytes / 1e6:,.0f} MB of "
+    print(f"{args.model}, {service.engine.config.num_params() / 1e6:.1f} M parameters, {num_bytes / 1e6:,.0f} MB of "
           f"weights a token, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for name in rounds[0]:
         seconds = statistics.median(found[name] for found in rounds)

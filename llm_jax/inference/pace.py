@@ -29,6 +29,7 @@ class Pace:
         self._clock = clock
         self._of_shape: dict[Hashable, collections.deque[float]] = {}
         self._of_host: collections.deque[float] = collections.deque(maxlen=_KEPT)
+        self._under_way = 0  # steps sent that have not landed
         self._since: float | None = None  # when the device began what it does; None if it does nothing, or nobody knows
 
     def hold_s(self, shape: Hashable) -> float:
@@ -46,16 +47,18 @@ class Pace:
             seconds.append(_OVERSLEPT * min(seconds))
         self._since = None
 
-    def sent(self, host_s: float, follows: bool) -> None:
-        """A step was sent, which took the host so long; `follows`: one is under way before it."""
-        if follows:
+    def sent(self, host_s: float) -> None:
+        """A step was sent, which took the host so long."""
+        if self._under_way:
             self._of_host.append(host_s)
         else:
             self._since = self._clock()
+        self._under_way += 1
 
-    def landed(self, shape: Hashable, follows: bool) -> None:
-        """A step of `shape` has finished; `follows`: another one is under way, and begins now."""
+    def landed(self, shape: Hashable) -> None:
+        """A step of `shape` has finished; if another one is under way, that begins now."""
         now = self._clock()
         if self._since is not None:
             self._of_shape.setdefault(shape, collections.deque(maxlen=_KEPT)).append(now - self._since)
-        self._since = now if follows else None
+        self._under_way -= 1
+        self._since = now if self._under_way else None

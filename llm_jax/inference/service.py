@@ -328,7 +328,7 @@ class Service:
             in_order = speculates or self._new_params is not None or any(
                 r.sequence.needs_host for r in self._requests.values())
         if in_order and flight is not None:
-            self._land(flight, follows=False)
+            self._land(flight)
             flight = None
         with self._changed:
             self._take_new_params()
@@ -345,9 +345,9 @@ class Service:
                 self._changed.wait(0.01)  # nothing can run before something changes
         following = Flight(plan, self.engine.dispatch(prepared)) if plan is not None and prepared is not None else None
         if following is not None:
-            self._pace.sent(time.monotonic() - began, follows=flight is not None)
+            self._pace.sent(time.monotonic() - began)
         if flight is not None:
-            self._land(flight, follows=following is not None)
+            self._land(flight)
         return following
 
     def _running(self) -> list[Request]:
@@ -366,10 +366,10 @@ class Service:
         self.statistics.planned(plan)
         return self.engine.prepare(plan, {r.id: r.asked() for r in drawing}, scores=scores, hidden=hidden)
 
-    def _land(self, flight: Flight, follows: bool) -> None:
-        """Reads a step's results and tells the listeners; `follows`: the next one is under way."""
+    def _land(self, flight: Flight) -> None:
+        """Reads a step's results and tells the listeners."""
         results = self.engine.collect(flight.running)
-        self._pace.landed(flight.running.step.shape, follows)
+        self._pace.landed(flight.running.step.shape)
         with self._changed:
             starts = {c.sequence.id: c.start for c in flight.plan}
             for i, found in results.scores.items():

@@ -205,13 +205,14 @@ def _with_whole(compute: Callable[..., Array], outer: tuple[str, ...], rings: Ri
     if not outer:
         return compute
 
+    def gathered(w: Array, axis: int) -> Array:
+        if rings is not None and outer == (rings.axis,):
+            return rings.all_gather(w, axis)
+        return jax.lax.all_gather(w, outer, axis=axis, tiled=True)
+
     def whole(*arguments: Any) -> Array:
         *inputs, (gate, up, down) = arguments
-        if rings is not None and outer == (rings.axis,):
-            gate, up, down = (rings.all_gather(w, axis) for w, axis in ((gate, 1), (up, 1), (down, 2)))
-        else:
-            (gate, up), (down,) = _gathered((gate, up), outer, axis=1), _gathered((down,), outer, axis=2)
-        return compute(*inputs, (gate, up, down))
+        return compute(*inputs, (gathered(gate, 1), gathered(up, 1), gathered(down, 2)))
 
     return jax.checkpoint(whole, policy=lambda primitive, *_, **__: primitive.name != "all_gather", prevent_cse=False)
 

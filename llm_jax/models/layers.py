@@ -46,9 +46,13 @@ def linear(x: Array, w: Any, contract: int = 1, out_dtype: Any = None) -> Array:
     dtype, w = jnp.dtype(out_dtype or x.dtype), w.astype(x.dtype)
     if is_lone_cpu():  # as matrices; where a batch and a length are both divided, that would move data
         leading, trailing, inner = x.shape[:x.ndim - contract], w.shape[contract:], math.prod(w.shape[:contract])
-        out = _with_own_gradients(1, dtype, x.reshape(-1, inner), w.reshape(inner, -1))
+        out = product_with(gradient_of_weight, 1, dtype, x.reshape(-1, inner), w.reshape(inner, -1))
         return out.reshape(*leading, *trailing)
-    return (_with_own_gradients if platform() == "cpu" else product)(contract, dtype, x, w)
+    # Autodiff makes the weight's gradient as (gᵀ · x)ᵀ. XLA for CPUs turns a large activation around for that; xᵀ · g
+    # it multiplies as it lies: 10 % of a step (docs/performance.md).
+    if platform() == "cpu":
+        return product_with(gradient_of_weight, contract, dtype, x, w)
+    return product(contract, dtype, x, w)
 
 
 def is_projection(path: Sequence[Any]) -> bool:
@@ -64,38 +68,36 @@ def product(contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
     return _summed(x, w, range(x.ndim - contract, x.ndim), range(contract), out_dtype)
 
 
-def gradient_of_input(contract: int, out_dtype: Any, g: Array, w: Array) -> Array:
-    """That of `product` by x, told by that of the result (g)."""
-    kept = g.ndim - (w.ndim - contract)
-    return _summed(g, w, range(kept, g.ndim), range(contract, w.ndim), out_dtype)
-
-
 def gradient_of_weight(contract: int, out_dtype: Any, x: Array, g: Array) -> Array:
     """That of `product` by w, told by that of the result (g)."""
     kept = range(x.ndim - contract)
     return _summed(x, g, kept, kept, out_dtype)
 
 
-def _summed(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dtype: Any) -> Array:
-    return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())), preferred_element_type=dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product_with(weight_gradient: Callable[..., Array], contract: int, out_dtype: Any, x: Array, w: Array) -> Array:
+    """`product`, whose gradient by w is made by a function with the arguments of `gradient_of_weight`."""
+    return product(contract, out_dtype, x, w)
 
 
-# Autodiff makes the weight's gradient as (gᵀ · x)ᵀ. XLA for CPUs turns a large activation around for that; xᵀ · g it
-# multiplies as it lies: 10 % of a step (docs/performance.md).
-_with_own_gradients = jax.custom_vjp(product, nondiff_argnums=(0, 1))
-
-
-def _forward(contract: int, out_dtype: Any, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(weight_gradient: Callable[..., Array], contract: int, out_dtype: Any, x: Array, w: Array) -> tuple[
+        Array, tuple[Array, Array]]:
     return product(contract, out_dtype, x, w), (x, w)
 
 
-def _backward(contract: int, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(weight_gradient: Callable[..., Array], contract: int, out_dtype: Any, saved: tuple[Array, Array],
+              g: Array) -> tuple[Array, Array]:
     x, w = saved
-    dx, dw = gradient_of_input(contract, out_dtype, g, w), gradient_of_weight(contract, out_dtype, x, g)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    kept = x.ndim - contract
+    dx = _summed(g, w, range(kept, g.ndim), range(contract, w.ndim), out_dtype)
+    return dx.astype(x.dtype), weight_gradient(contract, out_dtype, x, g).astype(w.dtype)
 
 
-_with_own_gradients.defvjp(_forward, _backward)
+product_with.defvjp(_forward, _backward)
+
+
+def _summed(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dtype: Any) -> Array:
+    return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())), preferred_element_type=dtype)
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Initializer:

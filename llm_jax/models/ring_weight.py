@@ -70,6 +70,12 @@ class Lie:
         return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*self.weight), axis_names=free,
                              check_vma=False)(*arrays)
 
+    def gradient_of_weight(self, contract: int, out_dtype: Any, x: Array, g: Array) -> Array:
+        """`layers.gradient_of_weight`, scattered."""
+        return self.summed(functools.partial(layers.gradient_of_weight, contract, out_dtype),
+                           (x, self.of_tokens(range(contract))),
+                           (g, self.of_tokens(range(contract, len(self.weight)))))
+
     def added_up(self, parts: Array) -> Array:
         """The sum of gradients [R, S, ...] of which each device along rows (R) and length (S) has one."""
         if not self.divides(*parts.shape[:2]):
@@ -90,27 +96,7 @@ class RingWeight:
         dtype, w = jnp.dtype(out_dtype or x.dtype), self.w.astype(x.dtype)
         if x.ndim - contract != 2 or not self.lie.divides(*x.shape[:2]):
             return layers.product(contract, dtype, x, w)
-        return _product(contract, dtype, self.lie, x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(contract: int, out_dtype: Any, lie: Lie, x: Array, w: Array) -> Array:
-    return layers.product(contract, out_dtype, x, w)
-
-
-def _forward(contract: int, out_dtype: Any, lie: Lie, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return layers.product(contract, out_dtype, x, w), (x, w)
-
-
-def _backward(contract: int, out_dtype: Any, lie: Lie, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
-    dx = layers.gradient_of_input(contract, out_dtype, g, w)
-    dw = lie.summed(functools.partial(layers.gradient_of_weight, contract, out_dtype),
-                    (x, lie.of_tokens(range(contract))), (g, lie.of_tokens(range(contract, w.ndim))))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-_product.defvjp(_forward, _backward)
+        return layers.product_with(self.lie.gradient_of_weight, contract, dtype, x, w)
 
 
 def unwrapped(w: Any) -> Any:

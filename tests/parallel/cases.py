@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import gin_reader
 from llm_jax import models
@@ -126,9 +127,18 @@ def ran(name: str) -> Ran:
 def single(name: str) -> Ran:
     """The same on one device."""
     case = CASES[name]
-    return _alone(case.config, case.execution)
+    return alone(case.config, case.execution)
 
 
 @functools.cache
-def _alone(config: ModelConfig, execution: Execution) -> Ran:
+def alone(config: ModelConfig, execution: Execution) -> Ran:
+    """A step on one device, once."""
     return run(Case(MeshConfig(), config, dataclasses.replace(execution, sequence_attention="ring")))
+
+
+def assert_same_gradients(one: Ran, many: Ran) -> None:
+    """The loss and every gradient, up to 1e-6 of each array's largest entry."""
+    assert many.loss == pytest.approx(one.loss, rel=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one.gradients), jax.tree.leaves(many.gradients),
+                            strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))

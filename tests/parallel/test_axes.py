@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import numpy as np
 import pytest
 
 from llm_jax import models
@@ -58,10 +57,7 @@ def check_activations(ran, single, most):
 def test_loss_and_every_gradient_are_those_of_one_device(name):
     one, many = cases.single(name), cases.ran(name)
     assert many.mesh.size > 1
-    assert many.loss == pytest.approx(one.loss, rel=1e-6)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one.gradients), jax.tree.leaves(many.gradients),
-                            strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
+    cases.assert_same_gradients(one, many)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -32,14 +32,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_every_gradient_are_those_of_one_device_and_are_scattered(name):
     case, sizes = CASES[name]
-    one = cases.run(cases.Case(MeshConfig(), case.config, case.execution))
+    one = cases.alone(case.config, case.execution)
     with mock.patch.object(ring_weight, "rings_along",
                            lambda mesh, axis: Rings(axis, sizes) if axis == "fsdp" else None):
         many = cases.run(case)
-    assert many.loss == pytest.approx(one.loss, rel=1e-6)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one.gradients), jax.tree.leaves(many.gradients),
-                            strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
+    cases.assert_same_gradients(one, many)
 
     # A gradient goes whole into the first scatter, and what that leaves a device into the next.
     found = summary(many.compiled.as_text(), dict(many.mesh.shape))
